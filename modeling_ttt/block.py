@@ -1,0 +1,103 @@
+"""One block: short convolution (optional), TTT layer, feed-forward layer, each on a residual stream."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_ttt import TTTConfig
+from .short_conv import ShortConv
+from .token_grid import TokenGrid
+from .ttt_layer import TTTLayer
+from .ttt_outputs import TTTStats
+
+
+__all__ = ["TTTBlock", "TTTRMSNorm"]
+
+
+class TTTRMSNorm(nn.Module):
+    """Root-mean-square norm over the model width; half precision is normalised in float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype in (torch.float16, torch.bfloat16):
+            normed = F.rms_norm(hidden_states.float(), hidden_states.shape[-1:], eps=self.eps)
+            return self.weight * normed.to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.eps)
+
+
+class TTTMLP(nn.Module):
+    """SwiGLU feed-forward layer."""
+
+    def __init__(self, config: TTTConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class TTTPreConv(nn.Module):
+    """Norm and short convolution before a TTT layer."""
+
+    def __init__(self, config: TTTConfig):
+        super().__init__()
+        self.norm = TTTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.conv = ShortConv(config.hidden_size, config.conv_kernel)
+
+    def forward(self, hidden_states: Tensor, tail: Tensor | None, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+        """Convolved states [B, T, C] and the tail to go on from."""
+        normed = self.norm(hidden_states)
+        return self.conv(normed, tail, grid), self.conv.next_tail(normed, tail, grid)
+
+
+class TTTBlock(GradientCheckpointingLayer):
+    """A block of the model; the state of its TTT layer is read from and stored in its layer of the cache."""
+
+    def __init__(self, config: TTTConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        if config.pre_conv:
+            self.conv = TTTPreConv(config)
+        self.seq_norm = TTTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.seq_modeling_block = TTTLayer(config)
+        self.ffn_norm = TTTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = TTTMLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        grid: TokenGrid,
+        rotary: tuple[Tensor, Tensor],
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        lr_mult: Tensor | None = None,
+        output_plasticity: bool = True,
+        output_ttt_stats: bool = False,
+    ) -> tuple[Tensor, Tensor | None, TTTStats | None]:
+        """[B, T, C] -> ([B, T, C], plasticity [B, H, T], statistics)."""
+        grid = grid.to(hidden_states.device)
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        past = None if layer is None else layer.tensors
+        tails = {}
+        if hasattr(self, "conv"):
+            convolved, tails["tail_pre"] = self.conv(hidden_states, (past or {}).get("tail_pre"), grid)
+            hidden_states = hidden_states + convolved
+        mixed, state, plasticity, stats = self.seq_modeling_block(
+            self.seq_norm(hidden_states), grid, rotary, past, lr_mult, output_plasticity, output_ttt_stats
+        )
+        hidden_states = hidden_states + mixed
+        hidden_states = hidden_states + self.mlp(self.ffn_norm(hidden_states))
+        if layer is not None and use_cache is not False:
+            position, seen = grid.advanced()
+            layer.store(state | tails | {"position": position, "seen": seen}, grid.length)
+        return hidden_states, plasticity, stats

@@ -1,0 +1,162 @@
+"""Checks and completes the arguments of one forward call: mask, document borders, cache, learning-rate multiplier."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from .configuration_ttt import TTTConfig
+from .token_grid import TokenGrid
+from .ttt_cache import check_state
+
+
+__all__ = ["build_grid", "expand_lr_mult", "layer_lr_mults", "prepare_cache"]
+
+
+def prepare_cache(cache: Cache | None, config: TTTConfig, batch: int) -> Cache | None:
+    """The cache to use, its layers made when it is still empty, checked against the model and the batch.
+
+    Raises:
+        TypeError: it is no `Cache`.
+        ValueError: it belongs to another model or another batch size.
+    """
+    if cache is None:
+        return None
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
+    if not cache.layers:
+        cache.layers = DynamicCache(config=config).layers
+    if len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"past_key_values has {len(cache.layers)} layers, the model has {config.num_hidden_layers}"
+        )
+    for i, layer in enumerate(cache.layers):
+        if not hasattr(layer, "tensors"):
+            raise ValueError(
+                f"layer {i} of past_key_values is a {type(layer).__name__}, which holds no TTT state; build the cache "
+                "with DynamicCache(config=model.config)"
+            )
+        if layer.tensors:
+            check_state(layer.tensors, config, f"layer {i}", batch)
+    return cache
+
+
+def build_grid(
+    config: TTTConfig,
+    shape: tuple[int, int],
+    device: torch.device,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    reset_at: Tensor | int | Iterable[int] | None = None,
+    input_ids: Tensor | None = None,
+    cache: Cache | None = None,
+) -> TokenGrid:
+    """Place the tokens of a call among the mini-batches of their rows.
+
+    Raises:
+        ValueError: the shape of an argument does not fit the call.
+    """
+    real = _real_tokens(attention_mask, shape)
+    border = _borders(reset_at, input_ids, shape)
+    if attention_mask is None and position_ids is not None and position_ids.shape[-1] == shape[1] > 1:
+        # The packed-sequence convention of Transformers: positions that start again are a new document.
+        restart = torch.zeros(shape, dtype=torch.bool, device=device)
+        restart[:, 1:] = (position_ids[..., 1:] <= position_ids[..., :-1]).to(device)
+        border = restart if border is None else border | restart
+    past = cache.layers[0].tensors if cache is not None else {}
+    return TokenGrid(
+        shape,
+        config.mini_batch_size,
+        device,
+        None if real is None else real.to(device),
+        None if border is None else border.to(device),
+        past.get("position"),
+        past.get("seen"),
+    )
+
+
+def expand_lr_mult(lr_mult: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The multiplier with four dimensions, broadcastable to shape [B, L, H, T].
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it cannot be broadcast.
+    """
+    if not isinstance(lr_mult, Tensor):
+        raise TypeError(f"ttt_lr_mult must be a tensor, got {type(lr_mult).__name__}")
+    fits = lr_mult.dim() <= 4 and all(
+        n in (1, m) for n, m in zip(reversed(lr_mult.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"ttt_lr_mult must be broadcastable to [batch, TTT layers, heads, tokens] = {list(shape)}, "
+            f"got {list(lr_mult.shape)}"
+        )
+    return lr_mult.reshape([1] * (4 - lr_mult.dim()) + list(lr_mult.shape))
+
+
+def layer_lr_mults(config: TTTConfig, lr_mult: Tensor | None, grid: TokenGrid) -> list[Tensor | None]:
+    """Per layer the factor of the inner learning rate, broadcastable to [B, H, T], or None for 1.
+
+    `frozen_layers`, `frozen_heads` and `frozen_from` of the configuration multiply what the caller passes.
+    """
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    mults: list[Tensor | None] = [None] * layers
+    if lr_mult is not None:
+        lr_mult = expand_lr_mult(lr_mult, (grid.batch, layers, heads, grid.length))
+        mults = [lr_mult[:, min(i, lr_mult.shape[1] - 1)] for i in range(layers)]
+    early = None
+    if config.frozen_from is not None:
+        early = (grid.token_index < config.frozen_from)[:, None].float()  # [B, 1, T]
+    frozen_layers, frozen_heads = config.frozen_layers or [], config.frozen_heads or {}
+    for i in range(layers):
+        factors = [f for f in (mults[i], early) if f is not None]
+        if i in frozen_layers or i in frozen_heads:
+            keep = torch.ones(1, heads, 1, device=grid.device)
+            keep[:, list(range(heads)) if i in frozen_layers else frozen_heads[i]] = 0
+            factors.append(keep)
+        if factors:
+            mults[i] = factors[0]
+            for factor in factors[1:]:
+                mults[i] = mults[i] * factor.to(mults[i].device)
+    return mults
+
+
+def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """[B, T] bool of the call's own tokens from a mask over them or over all tokens so far."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        got = (
+            list(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
+        raise ValueError(f"attention_mask must be a tensor [batch, tokens] = {list(shape)}, got {got}")
+    if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] = {list(shape)} (or longer on the left, with the tokens in the "
+            f"cache), got {list(attention_mask.shape)}"
+        )
+    return attention_mask[:, attention_mask.shape[1] - shape[1] :] != 0
+
+
+def _borders(reset_at, input_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """[B, T] bool, True where a new document starts."""
+    if reset_at is None:
+        return None
+    if isinstance(reset_at, Tensor) and reset_at.dtype == torch.bool:
+        if tuple(reset_at.shape) != tuple(shape):
+            raise ValueError(
+                f"reset_at as a mask must be [batch, tokens] = {list(shape)}, got {list(reset_at.shape)}"
+            )
+        return reset_at
+    if input_ids is None:
+        raise ValueError(
+            "reset_at as token ids needs input_ids; with inputs_embeds pass a bool mask [batch, tokens]"
+        )
+    ids = torch.as_tensor([reset_at] if isinstance(reset_at, int) else reset_at, device=input_ids.device)
+    if ids.is_floating_point() or ids.dim() > 1:
+        raise ValueError(f"reset_at must be token ids or a bool mask [batch, tokens], got {reset_at!r}")
+    return torch.isin(input_ids, ids)

@@ -1,0 +1,206 @@
+"""Configuration of a TTT language model (arXiv 2407.04620)."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .inner_net import INNER_NETS, InnerNet
+
+
+__all__ = ["PRESETS", "TTTConfig"]
+
+PRESETS = {
+    "125m": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "350m": {
+        "hidden_size": 1024,
+        "intermediate_size": 2736,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "760m": {
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5504,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+    },
+}
+"""The official sizes; "1b" is the model the paper calls 1.3B."""
+
+DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
+
+# Keys of the official configuration that mean nothing here: dropped when read.
+_RETIRED_KEYS = ("scan_checkpoint_group_size",)
+
+
+@strict
+class TTTConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`TTTModel`] and [`TTTForCausalLM`]. The keys of the official PyTorch code are accepted as they are.
+
+    Args:
+        vocab_size: Size of the vocabulary.
+        hidden_size: Model width C; a multiple of `num_attention_heads`, and the head dim C / H must be even.
+        intermediate_size: Width of the SwiGLU feed-forward layer.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of TTT heads H per block, each with inner weights of its own.
+        hidden_act: Activation of the feed-forward layer.
+        max_position_embeddings: Length in tokens the model was trained for; not a limit, positions inside the model
+            repeat every mini-batch.
+        initializer_range: Standard deviation of the initial weights.
+        rms_norm_eps: Epsilon of the RMSNorms.
+        use_cache: Whether a forward pass returns the inner state as `past_key_values`.
+        pad_token_id, bos_token_id, eos_token_id: Special tokens.
+        pretraining_tp: Kept for the official configuration; no effect.
+        tie_word_embeddings: Whether the output embedding is the input embedding.
+        rope_parameters: Rotary embedding, `{"rope_type": "default", "rope_theta": 10000.0}`; `rope_theta` is accepted.
+        use_gate: Whether a GELU gate multiplies the output of the TTT layer (Mamba backbone).
+        share_qk: Whether queries and keys share a projection and differ by a short convolution each (Mamba backbone).
+        pre_conv: Whether a short convolution stands before every TTT layer.
+        conv_kernel: Width of the short convolutions in tokens.
+        ttt_layer_type: The inner net, "linear" or "mlp".
+        ttt_base_lr: Base inner learning rate; None means 1.0 for "linear" and 0.1 for "mlp" as in the paper.
+        mini_batch_size: Tokens K per inner mini-batch.
+        ttt_backend: How the inner loop is computed: "auto", "chunked" (dual form) or "reference" (token by token).
+        output_plasticity: Whether a forward pass returns the plasticity of every token.
+        output_ttt_stats: Whether a forward pass returns the diagnostics of the inner loop.
+        frozen_layers: Indices of layers that read W_0 and never write.
+        frozen_heads: Heads that never write, `{layer: [heads]}`.
+        frozen_from: Index of the real token of a row from which on no layer writes; None means never.
+    """
+
+    model_type = "ttt"
+    keys_to_ignore_at_inference = ["past_key_values", "plasticity", "ttt_stats"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5504
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 32
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pretraining_tp: int | None = 1
+    tie_word_embeddings: bool = True
+    rope_parameters: dict | None = None
+    use_gate: bool = False
+    share_qk: bool = False
+    pre_conv: bool = False
+    conv_kernel: int = 4
+    ttt_layer_type: str = "linear"
+    ttt_base_lr: float | None = None
+    mini_batch_size: int = 16
+    ttt_backend: str = "auto"
+    output_plasticity: bool = True
+    output_ttt_stats: bool = False
+    frozen_layers: list[int] | None = None
+    frozen_heads: dict | None = None
+    frozen_from: int | None = None
+
+    def __post_init__(self, **kwargs):
+        for key in _RETIRED_KEYS:
+            kwargs.pop(key, None)
+        unknown = sorted(key for key in kwargs if key.startswith(("ttt_", "frozen_")))
+        if unknown:
+            known = sorted(f for f in self.__dataclass_fields__ if f.startswith(("ttt_", "frozen_")))
+            raise ValueError(f"unknown configuration keys {unknown}; the inner loop knows {known}")
+        if self.frozen_heads is not None:
+            # JSON has no integer keys.
+            self.frozen_heads = {int(layer): list(heads) for layer, heads in self.frozen_heads.items()}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def preset(cls, size: str, **overrides: Any) -> "TTTConfig":
+        """A configuration of one of the official sizes, "125m", "350m", "760m" or "1b", with fields replaced."""
+        if size not in PRESETS:
+            raise ValueError(f"size must be one of {sorted(PRESETS)}, got {size!r}")
+        return cls(**{**PRESETS[size], **overrides})
+
+    @property
+    def head_dim(self) -> int:
+        """Width f of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What the cache of each layer holds."""
+        return ["ttt"] * self.num_hidden_layers
+
+    @property
+    def inner_net(self) -> InnerNet:
+        """The inner net of every layer."""
+        return INNER_NETS[self.ttt_layer_type]
+
+    @property
+    def base_lr(self) -> float:
+        """Base inner learning rate, the default of the inner net if `ttt_base_lr` is None."""
+        return DEFAULT_BASE_LR[self.ttt_layer_type] if self.ttt_base_lr is None else self.ttt_base_lr
+
+    def validate_layer_type(self):
+        """The base class knows no third-party layer types; ours follow from `num_hidden_layers`."""
+
+    def validate_architecture(self):
+        """Check sizes and options against each other."""
+        positive = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
+        for name in (*positive, "mini_batch_size", "conv_kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}"
+            )
+        if self.head_dim % 2 != 0:
+            raise ValueError(
+                f"the head dim hidden_size / num_attention_heads must be even, got {self.head_dim}"
+            )
+        if self.ttt_layer_type not in INNER_NETS:
+            raise ValueError(
+                f"ttt_layer_type must be one of {sorted(INNER_NETS)}, got {self.ttt_layer_type!r}"
+            )
+        if self.ttt_backend not in ("auto", "chunked", "reference"):
+            raise ValueError(
+                f"ttt_backend must be 'auto', 'chunked' or 'reference', got {self.ttt_backend!r}"
+            )
+        if self.ttt_base_lr is not None and self.ttt_base_lr < 0:
+            raise ValueError(f"ttt_base_lr must not be negative, got {self.ttt_base_lr}")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default":
+            raise ValueError(f"rope_parameters['rope_type'] must be 'default', got {rope_type!r}")
+        self._validate_freezing()
+
+    def _validate_freezing(self) -> None:
+        layers, heads = range(self.num_hidden_layers), range(self.num_attention_heads)
+        bad = [layer for layer in self.frozen_layers or [] if layer not in layers]
+        if bad:
+            raise ValueError(f"frozen_layers must lie in 0..{len(layers) - 1}, got {bad}")
+        for layer, chosen in (self.frozen_heads or {}).items():
+            if layer not in layers:
+                raise ValueError(f"the layers of frozen_heads must lie in 0..{len(layers) - 1}, got {layer}")
+            bad = [head for head in chosen if head not in heads]
+            if bad:
+                raise ValueError(f"the heads of frozen_heads must lie in 0..{len(heads) - 1}, got {bad}")
+        if self.frozen_from is not None and self.frozen_from < 0:
+            raise ValueError(f"frozen_from must not be negative, got {self.frozen_from}")

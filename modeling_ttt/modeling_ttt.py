@@ -1,0 +1,322 @@
+"""TTT language models for Transformers (arXiv 2407.04620): the base model and the causal language model."""
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .block import TTTBlock, TTTRMSNorm
+from .call_inputs import build_grid, expand_lr_mult, layer_lr_mults, prepare_cache
+from .configuration_ttt import TTTConfig
+from .rotary import rotary_table
+from .ttt_layer import TTTLayer
+from .ttt_outputs import TTTCausalLMOutput, TTTModelOutput
+from .ttt_state import scan_dtype
+
+
+__all__ = ["TTTForCausalLM", "TTTModel", "TTTPreTrainedModel"]
+
+logger = logging.get_logger(__name__)
+
+
+class TTTPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what the library needs to know about the architecture."""
+
+    config: TTTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TTTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": TTTBlock}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TTTLayer):
+            std = self.config.initializer_range
+            init.zeros_(module.learnable_token_idx)
+            init.normal_(module.learnable_ttt_lr_weight, mean=0.0, std=std)
+            init.zeros_(module.learnable_ttt_lr_bias)
+            init.ones_(module.ttt_norm_weight)
+            init.zeros_(module.ttt_norm_bias)
+            for weight, bias in self.config.inner_net.parameter_names:
+                init.normal_(getattr(module, weight), mean=0.0, std=std)
+                init.zeros_(getattr(module, bias))
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as usual; warn when the saved configuration keeps the model from learning at inference."""
+        frozen = {
+            name: getattr(self.config, name)
+            for name in ("frozen_layers", "frozen_heads", "frozen_from")
+            if getattr(self.config, name) not in (None, [], {})
+        }
+        if frozen:
+            logger.warning(
+                f"the saved configuration freezes inner weights: {frozen}; every user of it will load it so"
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+@auto_docstring
+class TTTModel(TTTPreTrainedModel):
+    def __init__(self, config: TTTConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([TTTBlock(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = TTTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        ttt_lr_mult: Tensor | None = None,
+        output_plasticity: bool | None = None,
+        output_ttt_stats: bool | None = None,
+        reset_at: Tensor | int | list[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TTTModelOutput:
+        r"""
+        Read tokens; the inner weights learn from every one of them.
+
+        Args:
+            input_ids: Token ids, [B, T]; or `inputs_embeds` [B, T, C].
+            attention_mask: [B, T] or with the tokens of the cache on the left. A masked token never writes and never
+                counts: a left-padded, a right-padded and an unpadded row give the same results.
+            position_ids: [B, T] or [1, T]; without an attention_mask, a position that does not increase marks the first
+                token of a new document, which starts from W_0. Otherwise it changes nothing.
+            past_key_values: The state to go on from; any split of a sequence into calls gives the same results.
+            use_cache: Whether to return the state (default: the configuration).
+            ttt_lr_mult: Factor of the inner learning rate, broadcastable to [B, L, H, T], differentiable. 0 keeps a
+                token from writing, 1 is the model as it is.
+            output_plasticity: Whether to return the plasticity of every token (default: the configuration, True).
+            output_ttt_stats: Whether to return the diagnostics of the inner loop (default: the configuration, False).
+            reset_at: The first tokens of new documents, as token ids or as a bool mask [B, T]: state, mini-batch and
+                convolution windows start anew there.
+
+        Raises:
+            ValueError: an argument does not fit the call or the model; the message names it.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length = inputs_embeds.shape[:2]
+        if length == 0:
+            raise ValueError("input_ids must hold at least one token per row, got none")
+        config = self.config
+        if output_plasticity is None:
+            output_plasticity = config.output_plasticity
+        if output_ttt_stats is None:
+            output_ttt_stats = config.output_ttt_stats
+        past_key_values, use_cache = self._prepare_cache(past_key_values, use_cache, batch)
+        device = inputs_embeds.device
+        grid = build_grid(
+            config,
+            (batch, length),
+            device,
+            attention_mask,
+            position_ids,
+            reset_at,
+            input_ids,
+            past_key_values,
+        )
+        lr_mults = layer_lr_mults(config, ttt_lr_mult, grid)
+        theta, dtype = config.rope_parameters["rope_theta"], scan_dtype(inputs_embeds.dtype)
+        table = rotary_table(config.mini_batch_size, config.head_dim, theta, dtype, device)
+        rotary = (table[0][grid.slot], table[1][grid.slot])  # [B or 1, T, f/2]
+        hidden_states, plasticity, stats = inputs_embeds, [], []
+        for layer, lr_mult in zip(self.layers[: config.num_hidden_layers], lr_mults, strict=True):
+            hidden_states, layer_plasticity, layer_stats = layer(
+                hidden_states,
+                grid=grid,
+                rotary=rotary,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                lr_mult=lr_mult,
+                output_plasticity=output_plasticity,
+                output_ttt_stats=output_ttt_stats,
+            )
+            plasticity.append(layer_plasticity)
+            stats.append(layer_stats)
+        return TTTModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+            plasticity=tuple(plasticity) if output_plasticity else None,
+            ttt_stats=tuple(stats) if output_ttt_stats else None,
+        )
+
+    def _prepare_cache(
+        self, cache: Cache | None, use_cache: bool | None, batch: int
+    ) -> tuple[Cache | None, bool]:
+        cache = prepare_cache(cache, self.config, batch)
+        if self.gradient_checkpointing and self.training:
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError(
+                    "gradient checkpointing cannot go on from past_key_values: its layers run twice"
+                )
+            if use_cache:
+                logger.warning_once(
+                    "use_cache=True is incompatible with gradient checkpointing, setting it to False"
+                )
+            return None, False
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        return cache, bool(use_cache)
+
+
+@auto_docstring
+class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: TTTConfig):
+        super().__init__(config)
+        self.model = TTTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        ttt_lr_mult: Tensor | None = None,
+        output_plasticity: bool | None = None,
+        output_ttt_stats: bool | None = None,
+        reset_at: Tensor | int | list[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TTTCausalLMOutput:
+        r"""
+        Next-token logits, [B, T, V]; the other arguments are those of [`TTTModel.forward`].
+
+        Args:
+            labels: Token ids [B, T] for the loss (mean over predicted tokens, nats), shifted inside; -100 is ignored.
+            logits_to_keep: Number of last positions to compute logits for (0: all), or the positions as a tensor.
+
+        Example:
+
+        ```python
+        >>> import modeling_ttt
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> model = AutoModelForCausalLM.from_pretrained("model_cards/ttt-linear-tiny")
+        >>> tokenizer = AutoTokenizer.from_pretrained("model_cards/ttt-linear-tiny")
+        >>> outputs = model(**tokenizer("It was the best of times", return_tensors="pt"))
+        >>> outputs.plasticity[0].shape  # batch, heads, tokens, of the first layer
+        ```
+        """
+        if labels is not None:
+            shape = tuple((input_ids if input_ids is not None else inputs_embeds).shape[:2])
+            if tuple(labels.shape) != shape:
+                raise ValueError(f"labels must be [batch, tokens] = {list(shape)}, got {list(labels.shape)}")
+        outputs: TTTModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            ttt_lr_mult=ttt_lr_mult,
+            output_plasticity=output_plasticity,
+            output_ttt_stats=output_ttt_stats,
+            reset_at=reset_at,
+            **kwargs,
+        )
+        logits = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss_function = self.loss_function
+            if logits.dtype == torch.float64 and loss_function is ForCausalLMLoss:
+                loss_function = _float64_causal_loss  # the library's own rounds the logits to float32
+            loss = loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return TTTCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            plasticity=outputs.plasticity,
+            ttt_stats=outputs.ttt_stats,
+        )
+
+    def generate(self, inputs=None, *args, ttt_lr_mult: Tensor | None = None, **kwargs):
+        """`GenerationMixin.generate`; `ttt_lr_mult` must not depend on the token: its last dimension is 1.
+
+        Raises:
+            ValueError: `ttt_lr_mult` has a token axis, which cannot hold for tokens not generated yet.
+        """
+        if ttt_lr_mult is not None:
+            prompt = next(
+                (
+                    x
+                    for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+                    if isinstance(x, Tensor)
+                ),
+                None,
+            )
+            batch = 1 if prompt is None else prompt.shape[0]
+            heads, layers = self.config.num_attention_heads, self.config.num_hidden_layers
+            if ttt_lr_mult.dim() > 0 and ttt_lr_mult.shape[-1] != 1:
+                raise ValueError(
+                    "in generate, ttt_lr_mult holds for every token: its last dimension must be 1, "
+                    f"got {list(ttt_lr_mult.shape)}"
+                )
+            expanded = expand_lr_mult(ttt_lr_mult, (batch, layers, heads, 1))
+            # One per row, so that beams and returned sequences repeat it like the other inputs.
+            kwargs["ttt_lr_mult"] = expanded.expand(batch, *expanded.shape[1:])
+        return super().generate(inputs, *args, **kwargs)
+
+
+def _float64_causal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs,
+) -> Tensor:
+    """The causal language-model loss of Transformers without its cast to float32."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    targets = shift_labels.reshape(-1).to(logits.device)
+    return fixed_cross_entropy(
+        logits.reshape(-1, vocab_size), targets, num_items_in_batch, ignore_index, **kwargs
+    )
+
+
+def _kept_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Hidden states [B, T, C] of the positions to compute logits for.
+
+    An int keeps that many last positions (0: all); a 1-D tensor positions of every row; a 2-D tensor positions per row,
+    or as a bool mask [B, T] the marked ones, flattened.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.dim() == 2 and logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.dim() == 2:
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]

@@ -1,0 +1,49 @@
+"""Short causal convolution over the tokens of a row, one filter per channel, that can stop and resume anywhere."""
+
+import torch
+from torch import Tensor, nn
+
+from .token_grid import TokenGrid
+
+
+__all__ = ["ShortConv"]
+
+
+class ShortConv(nn.Conv1d):
+    """Causal depthwise convolution. Masked tokens are skipped, windows do not cross document borders.
+
+    Parameters are those of `nn.Conv1d(C, C, kernel, groups=C)`: weight [C, 1, kernel], bias [C].
+    """
+
+    def __init__(self, channels: int, kernel: int):
+        super().__init__(channels, channels, kernel, groups=channels, bias=True)
+
+    def forward(self, x: Tensor, tail: Tensor | None, grid: TokenGrid) -> Tensor:
+        """Convolve x [B, T, C] after `tail` [B, kernel - 1, C], the last inputs before it (zeros when None)."""
+        kernel = self.kernel_size[0]
+        padded = self._padded(x, tail)
+        if grid.uniform:
+            taps = [padded[:, j : j + x.shape[1]] for j in range(kernel)]
+        else:
+            window, _ = grid.windows(kernel)
+            taps = [_rows(padded, window[..., j]) for j in range(kernel)]
+        out = self.bias.expand_as(x)
+        for j, tap in enumerate(taps):
+            out = torch.addcmul(out, tap, self.weight[:, 0, j])
+        return out if grid.real is None else out * grid.real[..., None]
+
+    def next_tail(self, x: Tensor, tail: Tensor | None, grid: TokenGrid) -> Tensor:
+        """The tail [B, kernel - 1, C] with which the tokens after x go on."""
+        _, keep = grid.windows(self.kernel_size[0])
+        return _rows(self._padded(x, tail), keep)
+
+    def _padded(self, x: Tensor, tail: Tensor | None) -> Tensor:
+        """[tail, x, one zero row], [B, kernel + T, C]."""
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], self.kernel_size[0] - 1, x.shape[2])
+        return torch.cat([tail.to(x.dtype), x, x.new_zeros(x.shape[0], 1, x.shape[2])], 1)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, S, C] at index [B, n] -> [B, n, C]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

@@ -1,0 +1,168 @@
+"""The TTT layer: projections, learning rate, inner loop, norm, gate and output (paper, section 2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_ttt import TTTConfig
+from .inner_stats import target_dispersion
+from .objective import unit_layer_norm
+from .rotary import rotate
+from .scan import scan
+from .short_conv import ShortConv
+from .token_grid import TokenGrid
+from .ttt_outputs import TTTStats
+from .ttt_state import ScanInputs, TTTState, scan_dtype
+
+
+__all__ = ["TTTLayer"]
+
+
+class TTTLayer(nn.Module):
+    """Sequence mixer whose state is the weights of an inner net trained on every token it reads.
+
+    Parameter names and shapes are those of the official PyTorch code. Quantities worth reading pass through the Identity
+    modules `tap_q, tap_k, tap_lr, tap_inner_grad, tap_readout` once per call, [B, H, T, .]; the inner gradient (the
+    gradients at the outputs of all inner maps side by side) is collected when its tap is hooked and is for reading only.
+    """
+
+    def __init__(self, config: TTTConfig):
+        super().__init__()
+        self.config = config
+        width, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+        self.q_proj = nn.Linear(width, width, bias=False)
+        if config.share_qk:
+            self.conv_q = ShortConv(width, config.conv_kernel)
+            self.conv_k = ShortConv(width, config.conv_kernel)
+        else:
+            self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        if config.use_gate:
+            self.g_proj = nn.Linear(width, width, bias=False)
+        self.post_norm = nn.LayerNorm(width, eps=1e-6)
+        self.learnable_token_idx = nn.Parameter(torch.zeros(config.mini_batch_size))
+        self.learnable_ttt_lr_weight = nn.Parameter(torch.zeros(heads, 1, width))
+        self.learnable_ttt_lr_bias = nn.Parameter(torch.zeros(heads, 1))
+        self.ttt_norm_weight = nn.Parameter(torch.ones(heads, head_dim))
+        self.ttt_norm_bias = nn.Parameter(torch.zeros(heads, head_dim))
+        net = config.inner_net
+        for names, (width_in, width_out) in zip(net.parameter_names, net.shapes(head_dim), strict=True):
+            self.register_parameter(names[0], nn.Parameter(torch.zeros(heads, width_in, width_out)))
+            self.register_parameter(names[1], nn.Parameter(torch.zeros(heads, 1, width_out)))
+        for tap in ("tap_q", "tap_k", "tap_lr", "tap_inner_grad", "tap_readout"):
+            setattr(self, tap, nn.Identity())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        grid: TokenGrid,
+        rotary: tuple[Tensor, Tensor],
+        past: dict[str, Tensor] | None = None,
+        lr_mult: Tensor | None = None,
+        output_plasticity: bool = True,
+        output_ttt_stats: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, TTTStats | None]:
+        """Mix the tokens of a call, [B, T, C], going on from the named state tensors `past`.
+
+        `rotary` holds cos and sin of every token, [B or 1, T, f/2]; `lr_mult`, broadcastable to [B, H, T], multiplies
+        the inner learning rate. Returns the mixed states [B, T, C], the new state tensors, plasticity and statistics.
+        """
+        q, k, v, tails = self._project(hidden_states, grid, past)
+        dispersion = target_dispersion(v - k, grid.real) if output_ttt_stats else None
+        q, k = self.tap_q(rotate(q, *rotary)), self.tap_k(rotate(k, *rotary))
+        lr = self.tap_lr(self._learning_rate(hidden_states, lr_mult, q.dtype)[..., None])[..., 0]  # [B, H, T]
+        want_gradients = _is_hooked(self.tap_inner_grad)
+        output = scan(
+            ScanInputs(
+                net=self.config.inner_net,
+                q=q,
+                k=k,
+                v=v,
+                lr=lr,
+                tau=self.token_rate(q.dtype),
+                ln_weight=self.ttt_norm_weight.to(q.dtype),
+                ln_bias=self.ttt_norm_bias.to(q.dtype),
+                initial_weights=[
+                    (getattr(self, weight).to(q.dtype), getattr(self, bias).to(q.dtype))
+                    for weight, bias in self.config.inner_net.parameter_names
+                ],
+                state=self._past_state(past, q.dtype),
+                grid=grid,
+                want_plasticity=output_plasticity,
+                want_stats=output_ttt_stats,
+                want_gradients=want_gradients,
+            ),
+            self.config.ttt_backend,
+        )
+        if want_gradients and self.tap_inner_grad(output.gradients) is not output.gradients:
+            raise ValueError(
+                "tap_inner_grad is for reading: a hook returned something else; edit ttt_lr_mult instead"
+            )
+        readout = q + self.ttt_norm_weight[:, None] * unit_layer_norm(output.z) + self.ttt_norm_bias[:, None]
+        mixed = self._output(self.tap_readout(readout), hidden_states)
+        stats = None
+        if output_ttt_stats:
+            real = 1 if grid.real is None else grid.real[:, None]
+            stats = TTTStats(**output.stats, lr=lr * real, target_dispersion=dispersion)
+        return (
+            mixed,
+            output.state.to_tensors() | tails,
+            output.plasticity if output_plasticity else None,
+            stats,
+        )
+
+    def token_rate(self, dtype: torch.dtype) -> Tensor:
+        """tau [K]: the factor of every position in the mini-batch, max(0, 1 / (j + 1) + learnable)."""
+        positions = torch.arange(
+            1, self.config.mini_batch_size + 1, device=self.learnable_token_idx.device, dtype=dtype
+        )
+        return (1 / positions + self.learnable_token_idx.to(dtype)).clamp(min=0)
+
+    def _learning_rate(self, hidden_states: Tensor, lr_mult: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Inner learning rate of every token's own write, base_lr * sigmoid(w . x + b) / f, [B, H, T]."""
+        weight, bias = (
+            self.learnable_ttt_lr_weight[:, 0].to(dtype),
+            self.learnable_ttt_lr_bias[:, 0].to(dtype),
+        )
+        gate = torch.sigmoid(F.linear(hidden_states.to(dtype), weight, bias)).transpose(1, 2)
+        lr = gate * (self.config.base_lr / self.config.head_dim)
+        return lr if lr_mult is None else lr * lr_mult.to(lr.device, dtype)
+
+    def _project(self, hidden_states: Tensor, grid: TokenGrid, past: dict[str, Tensor] | None):
+        """Queries and keys before rotation and values, each [B, H, T, f] in the scan's dtype, and the new tails."""
+        tails = {}
+        q, v = self.q_proj(hidden_states), self.v_proj(hidden_states)
+        if self.config.share_qk:
+            shared, tail = q, (past or {}).get("tail_qk")
+            tails["tail_qk"] = self.conv_q.next_tail(shared, tail, grid)
+            q, k = self.conv_q(shared, tail, grid), self.conv_k(shared, tail, grid)
+        else:
+            k = self.k_proj(hidden_states)
+        dtype = scan_dtype(hidden_states.dtype)
+        heads = self.config.num_attention_heads
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2).to(dtype) for x in (q, k, v))
+        return q, k, v, tails
+
+    def _past_state(self, past: dict[str, Tensor] | None, dtype: torch.dtype) -> TTTState | None:
+        if not past:
+            return None
+        floating = {name: t.to(dtype) for name, t in past.items() if name[0] in "Wbxg"}
+        return TTTState.from_tensors(floating, self.config.inner_net.depth)
+
+    def _output(self, readout: Tensor, hidden_states: Tensor) -> Tensor:
+        """Norm over all heads, gate and output projection, [B, H, T, f] -> [B, T, C]."""
+        mixed = self.post_norm(readout.transpose(1, 2).flatten(2).to(hidden_states.dtype))
+        if self.config.use_gate:
+            mixed = F.gelu(self.g_proj(hidden_states), approximate="tanh") * mixed
+        return self.o_proj(mixed)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks)
