@@ -8,7 +8,6 @@ from .ttt_cache import TTTCacheLayer, clone_cache, load_cache, save_cache
 from .ttt_outputs import TTTCausalLMOutput, TTTModelOutput, TTTStats
 from .version import __version__
 
-
 __all__ = [
     "TTTCacheLayer",
     "TTTCausalLMOutput",

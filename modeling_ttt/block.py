@@ -13,7 +13,6 @@ from .token_grid import TokenGrid
 from .ttt_layer import TTTLayer
 from .ttt_outputs import TTTStats
 
-
 __all__ = ["TTTBlock", "TTTRMSNorm"]
 
 

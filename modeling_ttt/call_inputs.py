@@ -10,7 +10,6 @@ from .configuration_ttt import TTTConfig
 from .token_grid import TokenGrid
 from .ttt_cache import check_state
 
-
 __all__ = ["build_grid", "expand_lr_mult", "layer_lr_mults", "prepare_cache"]
 
 
@@ -28,9 +27,7 @@ def prepare_cache(cache: Cache | None, config: TTTConfig, batch: int) -> Cache |
     if not cache.layers:
         cache.layers = DynamicCache(config=config).layers
     if len(cache.layers) != config.num_hidden_layers:
-        raise ValueError(
-            f"past_key_values has {len(cache.layers)} layers, the model has {config.num_hidden_layers}"
-        )
+        raise ValueError(f"past_key_values has {len(cache.layers)} layers, the model has {config.num_hidden_layers}")
     for i, layer in enumerate(cache.layers):
         if not hasattr(layer, "tensors"):
             raise ValueError(
@@ -128,11 +125,7 @@ def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tenso
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        got = (
-            list(attention_mask.shape)
-            if isinstance(attention_mask, Tensor)
-            else type(attention_mask).__name__
-        )
+        got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask must be a tensor [batch, tokens] = {list(shape)}, got {got}")
     if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
         raise ValueError(
@@ -148,14 +141,10 @@ def _borders(reset_at, input_ids: Tensor | None, shape: tuple[int, int]) -> Tens
         return None
     if isinstance(reset_at, Tensor) and reset_at.dtype == torch.bool:
         if tuple(reset_at.shape) != tuple(shape):
-            raise ValueError(
-                f"reset_at as a mask must be [batch, tokens] = {list(shape)}, got {list(reset_at.shape)}"
-            )
+            raise ValueError(f"reset_at as a mask must be [batch, tokens] = {list(shape)}, got {list(reset_at.shape)}")
         return reset_at
     if input_ids is None:
-        raise ValueError(
-            "reset_at as token ids needs input_ids; with inputs_embeds pass a bool mask [batch, tokens]"
-        )
+        raise ValueError("reset_at as token ids needs input_ids; with inputs_embeds pass a bool mask [batch, tokens]")
     ids = torch.as_tensor([reset_at] if isinstance(reset_at, int) else reset_at, device=input_ids.device)
     if ids.is_floating_point() or ids.dim() > 1:
         raise ValueError(f"reset_at must be token ids or a bool mask [batch, tokens], got {reset_at!r}")

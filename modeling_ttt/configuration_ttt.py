@@ -7,7 +7,6 @@ from transformers import PreTrainedConfig
 
 from .inner_net import INNER_NETS, InnerNet
 
-
 __all__ = ["PRESETS", "TTTConfig"]
 
 PRESETS = {
@@ -47,7 +46,7 @@ _RETIRED_KEYS = ("scan_checkpoint_group_size",)
 @strict
 class TTTConfig(PreTrainedConfig):
     r"""
-    Configuration of [`TTTModel`] and [`TTTForCausalLM`]. The keys of the official PyTorch code are accepted as they are.
+    Configuration of [`TTTModel`] and [`TTTForCausalLM`]. The keys of the official PyTorch code are accepted.
 
     Args:
         vocab_size: Size of the vocabulary.
@@ -173,17 +172,11 @@ class TTTConfig(PreTrainedConfig):
                 f"{self.num_attention_heads}"
             )
         if self.head_dim % 2 != 0:
-            raise ValueError(
-                f"the head dim hidden_size / num_attention_heads must be even, got {self.head_dim}"
-            )
+            raise ValueError(f"the head dim hidden_size / num_attention_heads must be even, got {self.head_dim}")
         if self.ttt_layer_type not in INNER_NETS:
-            raise ValueError(
-                f"ttt_layer_type must be one of {sorted(INNER_NETS)}, got {self.ttt_layer_type!r}"
-            )
+            raise ValueError(f"ttt_layer_type must be one of {sorted(INNER_NETS)}, got {self.ttt_layer_type!r}")
         if self.ttt_backend not in ("auto", "chunked", "reference"):
-            raise ValueError(
-                f"ttt_backend must be 'auto', 'chunked' or 'reference', got {self.ttt_backend!r}"
-            )
+            raise ValueError(f"ttt_backend must be 'auto', 'chunked' or 'reference', got {self.ttt_backend!r}")
         if self.ttt_base_lr is not None and self.ttt_base_lr < 0:
             raise ValueError(f"ttt_base_lr must not be negative, got {self.ttt_base_lr}")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")

@@ -2,8 +2,8 @@
 
 An inner net is a chain of linear maps with tanh-GELU between them. Per token and linear map the gradient of the inner
 loss is the outer product `x (x) g` of the map's input and the gradient at its output, so one set of functions serves
-TTT-Linear (one map), TTT-MLP (two maps, four times wider inside) and deeper chains. Shapes: B batch, H heads, n tokens,
-f head dim, m inner width; N stands for any leading dimensions shared by all arguments.
+TTT-Linear (one map), TTT-MLP (two maps, four times wider inside) and deeper chains. Shapes: B batch, H heads,
+n tokens, f head dim, m inner width; N stands for any leading dimensions shared by all arguments.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 
 __all__ = ["INNER_NETS", "InnerNet", "Weights", "forward_chain", "output_gradients"]
 
@@ -21,7 +20,7 @@ Weights = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class InnerNet:
-    """The shape of an inner net: `widths[i]` times the head dim is the width before map i, the last entry its output."""
+    """The shape of an inner net: `widths[i]` times the head dim is the width before map i, the last the output's."""
 
     name: str
     widths: tuple[int, ...]

@@ -13,7 +13,6 @@ from torch import Tensor
 from .inner_net import Weights, forward_chain
 from .objective import reconstruction_loss
 
-
 __all__ = ["STAT_NAMES", "step_stats", "target_dispersion"]
 
 STAT_NAMES = (
@@ -43,7 +42,7 @@ def step_stats(step, weights: Weights, rows: Weights, before: Tensor, after: Ten
 
 
 def target_dispersion(target: Tensor, real: Tensor | None) -> Tensor:
-    """Mean over f of the squared distance of the target (v - k before rotation) [B, H, T, f] to its mean over the call."""
+    """Mean over f of the squared distance of the target (v - k before rotation), [B, H, T, f], to the call's mean."""
     if real is None:
         return (target - target.mean(2, keepdim=True)).square().mean(-1)
     mask = real[:, None, :, None].to(target.dtype)
@@ -64,8 +63,8 @@ def _drift(weights: Weights, initial: Weights) -> Tensor:
 def _step_norm(rows: Weights, tau: Tensor, slot: int, columns: int) -> Tensor:
     """||theta_t - theta_{t-1}|| of the last `columns` slots, from the Gram matrix of the writes, [N, n].
 
-    theta_t - theta_{t-1} = -(tau_t - tau_{t-1}) * (writes before t) - tau_t * (write t); the first read of a mini-batch
-    follows the commit, where nothing is pending.
+    theta_t - theta_{t-1} = -(tau_t - tau_{t-1}) * (writes before t) - tau_t * (write t); the first read of a
+    mini-batch follows the commit, where nothing is pending.
     """
     gram = sum((x @ x.transpose(1, 2) + 1) * (g @ g.transpose(1, 2)) for x, g in rows)  # [N, slots, slots]
     slots = gram.shape[-1]

@@ -20,7 +20,6 @@ from .ttt_layer import TTTLayer
 from .ttt_outputs import TTTCausalLMOutput, TTTModelOutput
 from .ttt_state import scan_dtype
 
-
 __all__ = ["TTTForCausalLM", "TTTModel", "TTTPreTrainedModel"]
 
 logger = logging.get_logger(__name__)
@@ -98,8 +97,8 @@ class TTTModel(TTTPreTrainedModel):
             input_ids: Token ids, [B, T]; or `inputs_embeds` [B, T, C].
             attention_mask: [B, T] or with the tokens of the cache on the left. A masked token never writes and never
                 counts: a left-padded, a right-padded and an unpadded row give the same results.
-            position_ids: [B, T] or [1, T]; without an attention_mask, a position that does not increase marks the first
-                token of a new document, which starts from W_0. Otherwise it changes nothing.
+            position_ids: [B, T] or [1, T]; without an attention_mask, a position that does not increase marks the
+                first token of a new document, which starts from W_0. Otherwise it changes nothing.
             past_key_values: The state to go on from; any split of a sequence into calls gives the same results.
             use_cache: Whether to return the state (default: the configuration).
             ttt_lr_mult: Factor of the inner learning rate, broadcastable to [B, L, H, T], differentiable. 0 keeps a
@@ -161,19 +160,13 @@ class TTTModel(TTTPreTrainedModel):
             ttt_stats=tuple(stats) if output_ttt_stats else None,
         )
 
-    def _prepare_cache(
-        self, cache: Cache | None, use_cache: bool | None, batch: int
-    ) -> tuple[Cache | None, bool]:
+    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, batch: int) -> tuple[Cache | None, bool]:
         cache = prepare_cache(cache, self.config, batch)
         if self.gradient_checkpointing and self.training:
             if cache is not None and cache.get_seq_length() > 0:
-                raise ValueError(
-                    "gradient checkpointing cannot go on from past_key_values: its layers run twice"
-                )
+                raise ValueError("gradient checkpointing cannot go on from past_key_values: its layers run twice")
             if use_cache:
-                logger.warning_once(
-                    "use_cache=True is incompatible with gradient checkpointing, setting it to False"
-                )
+                logger.warning_once("use_cache=True is incompatible with gradient checkpointing, setting it to False")
             return None, False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -269,11 +262,7 @@ class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
         """
         if ttt_lr_mult is not None:
             prompt = next(
-                (
-                    x
-                    for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-                    if isinstance(x, Tensor)
-                ),
+                (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(x, Tensor)),
                 None,
             )
             batch = 1 if prompt is None else prompt.shape[0]
@@ -302,16 +291,14 @@ def _float64_causal_loss(
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
     targets = shift_labels.reshape(-1).to(logits.device)
-    return fixed_cross_entropy(
-        logits.reshape(-1, vocab_size), targets, num_items_in_batch, ignore_index, **kwargs
-    )
+    return fixed_cross_entropy(logits.reshape(-1, vocab_size), targets, num_items_in_batch, ignore_index, **kwargs)
 
 
 def _kept_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Hidden states [B, T, C] of the positions to compute logits for.
 
-    An int keeps that many last positions (0: all); a 1-D tensor positions of every row; a 2-D tensor positions per row,
-    or as a bool mask [B, T] the marked ones, flattened.
+    An int keeps that many last positions (0: all); a 1-D tensor positions of every row; a 2-D tensor positions per
+    row, or as a bool mask [B, T] the marked ones, flattened.
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states

@@ -1,12 +1,11 @@
 """The inner objective of the paper: reconstruct the value from the key through a per-head LayerNorm.
 
-Loss of one token: 1/2 || LN(z) - target ||^2 with z = f(k), target = v - k, summed over the head dim (no mean, no other
-factor). The read adds the query back: out = q + LN(f(q)).
+Loss of one token: 1/2 || LN(z) - target ||^2 with z = f(k), target = v - k, summed over the head dim (no mean, no
+other factor). The read adds the query back: out = q + LN(f(q)).
 """
 
 import torch
 from torch import Tensor
-
 
 __all__ = [
     "INNER_LN_EPS",
@@ -43,6 +42,6 @@ def reconstruction_gradient(z: Tensor, residual: Tensor, ln_weight_squared: Tens
     shape = [z.shape[-1]]
     normed, mean, rstd = torch.native_layer_norm(z, shape, None, None, INNER_LN_EPS)
     upstream = torch.addcmul(residual, ln_weight_squared, normed)
-    return torch.ops.aten.native_layer_norm_backward(
-        upstream, z, shape, mean, rstd, None, None, [True, False, False]
-    )[0]
+    return torch.ops.aten.native_layer_norm_backward(upstream, z, shape, mean, rstd, None, None, [True, False, False])[
+        0
+    ]

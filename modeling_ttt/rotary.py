@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 __all__ = ["rotary_table", "rotate"]
 
 
@@ -20,7 +19,7 @@ def rotary_table(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the feature pairs (2i, 2i + 1) of x [B, H, T, f] by the angles of its tokens, cos and sin [B or 1, T, f/2]."""
+    """Rotate the feature pairs (2i, 2i + 1) of x [B, H, T, f] by its tokens' angles, cos and sin [B or 1, T, f/2]."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]  # over heads
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)

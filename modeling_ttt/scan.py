@@ -10,7 +10,6 @@ from .scan_reference import scan_reference
 from .scan_reference import unsupported as reference_unsupported
 from .ttt_state import ScanInputs, ScanOutput
 
-
 __all__ = ["BACKENDS", "scan"]
 
 BACKENDS: dict[str, tuple[Callable[[ScanInputs], ScanOutput], Callable[[ScanInputs], str | None]]] = {

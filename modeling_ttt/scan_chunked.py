@@ -15,7 +15,6 @@ from .inner_stats import step_stats
 from .objective import reconstruction_gradient, scaled_residual
 from .ttt_state import ScanInputs, ScanOutput, TTTState
 
-
 __all__ = ["scan_chunked", "unsupported"]
 
 
@@ -64,9 +63,10 @@ class _Step:
         self.ln_weight = ln_weight.repeat(self.batch, 1, 1)  # [N, 1, f]
         self.ln_bias = ln_bias.repeat(self.batch, 1, 1)
         self.ln_weight_squared = self.ln_weight.square()
-        self.initial = [
-            tuple(t.to(q.dtype).repeat(self.batch, 1, 1) for t in pair) for pair in inputs.initial_weights
-        ]
+        self.initial = [tuple(t.to(q.dtype).repeat(self.batch, 1, 1) for t in pair) for pair in inputs.initial_weights]
+        self.valid = None
+        if not grid.uniform:
+            self.valid = [part.repeat_interleave(self.heads, 0)[..., None] for part in grid.valid.split(sizes, 1)]
         self.lasts = set() if grid.last is None else set(grid.last.tolist())
 
     def _cut(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
@@ -98,7 +98,7 @@ class _Step:
         grad = reconstruction_gradient(inner_outputs[-1], self.residual[index], self.ln_weight_squared)
         grads = output_gradients(weights, inner_outputs, grad)
         rows = [
-            self._merge(old, x, lr[..., None] * g, slot, columns)
+            self._merge(old, x, lr[..., None] * g, slot, index)
             for old, x, g in zip(open_rows or [None] * len(weights), inner_inputs, grads, strict=True)
         ]
         tau = self.inputs.tau[slot : slot + columns, None]  # [n, 1]
@@ -112,26 +112,23 @@ class _Step:
             reads |= step_stats(self, weights, rows, inner_outputs[-1], after, slot, index)
         return reads, rows
 
-    def _merge(self, old: tuple[Tensor, Tensor] | None, x: Tensor, g: Tensor, slot: int, columns: int):
-        """The rows of the mini-batch up to `slot + columns`: those carried in (slots before) and the new ones."""
+    def _merge(self, old: tuple[Tensor, Tensor] | None, x: Tensor, g: Tensor, slot: int, index: int):
+        """The rows of the mini-batch up to its last token: those carried in (slots before) and the new ones."""
+        if self.valid is not None:
+            # Rows at different phases: a slot is carried in, new or empty; g is 0 where no token is.
+            carried = 0 if old is None else old[0][:, slot : slot + x.shape[1]]
+            x = torch.where(self.valid[index], x, carried)
+            g = g if old is None else g + old[1][:, slot : slot + x.shape[1]]
         if old is None:
             return x, g
-        old_x, old_g = (t[:, : slot + columns] for t in old)
-        if self.grid.uniform:
-            return torch.cat([old_x[:, :slot], x], 1), torch.cat([old_g[:, :slot], g], 1)
-        # Rows at different phases: a slot is either carried in or new, never both, so the gradients add up.
-        valid = self.grid.valid[:, :columns].repeat_interleave(self.heads, 0)[..., None]
-        x = torch.where(valid, x, old_x[:, slot:])
-        return torch.cat([old_x[:, :slot], x], 1), torch.cat([old_g[:, :slot], old_g[:, slot:] + g], 1)
+        return torch.cat([old[0][:, :slot], x], 1), torch.cat([old[1][:, :slot], g], 1)
 
     def _read_chain(self, weights: Weights, rows: Weights, x: Tensor, tau: Tensor) -> Tensor:
         """Read the net at inputs x [N, n, f] with every row's own weights W - tau_t * sum of the writes up to it."""
         for i, ((weight, bias), (writer, g)) in enumerate(zip(weights, rows, strict=True)):
             x = F.gelu(x, approximate="tanh") if i else x
             slots, n = writer.shape[1], x.shape[1]
-            scores = torch.baddbmm(
-                x.new_ones(1), x, writer.transpose(1, 2)
-            )  # the 1 carries the bias, [N, n, slots]
+            scores = torch.baddbmm(x.new_ones(1), x, writer.transpose(1, 2))  # the 1 carries the bias, [N, n, slots]
             scores = (scores * tau).tril(slots - n)
             x = torch.baddbmm(torch.baddbmm(bias, x, weight), scores, g, alpha=-1)
         return x
@@ -161,9 +158,7 @@ class _Step:
             ]
         return weights, kept
 
-    def finish(
-        self, collected: dict[str, list[Tensor]], weights: Weights, rows: Weights | None
-    ) -> ScanOutput:
+    def finish(self, collected: dict[str, list[Tensor]], weights: Weights, rows: Weights | None) -> ScanOutput:
         """Put the mini-batches together again, in the caller's layout."""
         inputs, grid = self.inputs, self.grid
         joined = {
@@ -171,13 +166,8 @@ class _Step:
             for name, parts in collected.items()
         }
         if rows is None:
-            rows = [
-                tuple(w.new_zeros(w.shape[0], inputs.tau.shape[0], n) for n in w.shape[1:])
-                for w, _ in weights
-            ]
-        unflat = [
-            [tuple(t.unflatten(0, (self.batch, self.heads)) for t in p) for p in s] for s in (weights, rows)
-        ]
+            rows = [tuple(w.new_zeros(w.shape[0], inputs.tau.shape[0], n) for n in w.shape[1:]) for w, _ in weights]
+        unflat = [[tuple(t.unflatten(0, (self.batch, self.heads)) for t in p) for p in s] for s in (weights, rows)]
         z, norm = joined.pop("z"), joined.pop("gradient_norm", None)
         gradients = joined.pop("gradients", None)
         plasticity = None

@@ -11,16 +11,13 @@ from .inner_net import Weights, forward_chain
 from .objective import reconstruction_loss
 from .ttt_state import ScanInputs, ScanOutput, TTTState
 
-
 __all__ = ["scan_reference", "unsupported"]
 
 
 def unsupported(inputs: ScanInputs) -> str | None:
     """Why this backend cannot serve a call, or None."""
     return (
-        "it takes gradients by autograd, which inference_mode forbids"
-        if torch.is_inference_mode_enabled()
-        else None
+        "it takes gradients by autograd, which inference_mode forbids" if torch.is_inference_mode_enabled() else None
     )
 
 
@@ -67,10 +64,7 @@ def _one_token(inputs: ScanInputs, weights: Weights, initial: Weights, rows: Wei
     before = _moved(weights, rows, earlier)
     here = torch.nn.functional.one_hot(slot, inputs.tau.shape[0]).bool() & real[:, None]  # [B, K]
     rows = [
-        tuple(
-            torch.where(here[:, None, :, None], new[..., None, :], old)
-            for new, old in zip(write, row, strict=True)
-        )
+        tuple(torch.where(here[:, None, :, None], new[..., None, :], old) for new, old in zip(write, row, strict=True))
         for write, row in zip(
             [(x, lr[..., None] * grad[1][..., 0, :]) for x, grad in zip(inner_inputs, grads, strict=True)],
             rows,
@@ -108,9 +102,7 @@ def _token_gradients(weights: Weights, k: Tensor, target: Tensor, inputs: ScanIn
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = [
-            t if differentiable and t.requires_grad else t.detach().requires_grad_()
-            for pair in weights
-            for t in pair
+            t if differentiable and t.requires_grad else t.detach().requires_grad_() for pair in weights for t in pair
         ]
         pairs = list(zip(leaves[::2], leaves[1::2], strict=True))
         loss = reconstruction_loss(_apply(pairs, k), target, inputs.ln_weight, inputs.ln_bias)
@@ -135,10 +127,7 @@ def _moved(weights: Weights, rows: Weights, tau: Tensor) -> Weights:
 def _choose(rows: Tensor, new: Weights, old: Weights) -> Weights:
     """Per batch row [B] the new tensors where marked, else the old."""
     mark = rows[:, None, None, None]
-    return [
-        tuple(torch.where(mark, n, o) for n, o in zip(a, b, strict=True))
-        for a, b in zip(new, old, strict=True)
-    ]
+    return [tuple(torch.where(mark, n, o) for n, o in zip(a, b, strict=True)) for a, b in zip(new, old, strict=True)]
 
 
 def _difference(a: Weights, b: Weights) -> Weights:

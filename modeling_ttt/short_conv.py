@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from .token_grid import TokenGrid
 
-
 __all__ = ["ShortConv"]
 
 

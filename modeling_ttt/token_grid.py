@@ -2,18 +2,17 @@
 
 Only real tokens count. A row's mini-batches are filled by its real tokens in order, a document border starts a new
 mini-batch, and a row that continues from a cache goes on in the middle of its open mini-batch. The grid is worked out
-once per call of the model and shared by all layers. In the common case (no mask, no border, all rows at the same place)
-packing is the identity.
+once per call of the model and shared by all layers. In the common case (no mask, no border, all rows at the same
+place) packing is the identity.
 
-Columns of the packed layout: column c of every row is slot `(phase + c) mod K` of mini-batch `(phase + c) div K`, counted
-from the open mini-batch of the row; a row has no token in some columns when its neighbours are at another phase.
+Columns of the packed layout: column c of every row is slot `(phase + c) mod K` of mini-batch `(phase + c) div K`,
+counted from the open mini-batch of the row; a row has no token in some columns when others are at another phase.
 """
 
 import copy
 
 import torch
 from torch import Tensor
-
 
 __all__ = ["TokenGrid"]
 

@@ -13,11 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicCache
 
 # The first is what Transformers asks of any layer with a state of constant size.
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
-
+from transformers.cache_utils import (
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    LinearAttentionCacheLayerMixin,
+)
 
 __all__ = ["TTTCacheLayer", "clone_cache", "load_cache", "save_cache"]
 
@@ -28,8 +32,8 @@ class TTTCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """The state of one TTT layer: a bag of named tensors, batch first, and the number of columns fed so far.
 
     `tensors` holds the inner weights at the start of the open mini-batch (`W1 b1 W2 b2`), the writes of the open
-    mini-batch (`x1 g1 ...`), the tails of the short convolutions (`tail_*`), and per row `position` (real tokens of the
-    current document) and `seen` (all real tokens), both int64 on the CPU. It is empty before the first token.
+    mini-batch (`x1 g1 ...`), the tails of the short convolutions (`tail_*`), and per row `position` (real tokens of
+    the current document) and `seen` (all real tokens), both int64 on the CPU. It is empty before the first token.
     """
 
     _layer_type = "ttt"
@@ -198,10 +202,6 @@ def check_state(tensors: dict[str, Tensor], config, where: str, batch: int | Non
             expected[name] = (rows, config.conv_kernel - 1, config.hidden_size)
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found != expected:
-        wrong = sorted(
-            name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
-        )
+        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         shown = {name: (found.get(name), expected.get(name)) for name in wrong}
-        raise ValueError(
-            f"past_key_values is the state of another model ({where}); (found, expected): {shown}"
-        )
+        raise ValueError(f"past_key_values is the state of another model ({where}); (found, expected): {shown}")

@@ -14,16 +14,16 @@ from .token_grid import TokenGrid
 from .ttt_outputs import TTTStats
 from .ttt_state import ScanInputs, TTTState, scan_dtype
 
-
 __all__ = ["TTTLayer"]
 
 
 class TTTLayer(nn.Module):
     """Sequence mixer whose state is the weights of an inner net trained on every token it reads.
 
-    Parameter names and shapes are those of the official PyTorch code. Quantities worth reading pass through the Identity
-    modules `tap_q, tap_k, tap_lr, tap_inner_grad, tap_readout` once per call, [B, H, T, .]; the inner gradient (the
-    gradients at the outputs of all inner maps side by side) is collected when its tap is hooked and is for reading only.
+    Parameter names and shapes are those of the official PyTorch code. Quantities worth reading pass through the
+    Identity modules `tap_q, tap_k, tap_lr, tap_inner_grad, tap_readout` once per call, [B, H, T, .]; the inner
+    gradient (the gradients at the outputs of all inner maps side by side) is collected when its tap is hooked, for
+    reading only.
     """
 
     def __init__(self, config: TTTConfig):
@@ -96,9 +96,7 @@ class TTTLayer(nn.Module):
             self.config.ttt_backend,
         )
         if want_gradients and self.tap_inner_grad(output.gradients) is not output.gradients:
-            raise ValueError(
-                "tap_inner_grad is for reading: a hook returned something else; edit ttt_lr_mult instead"
-            )
+            raise ValueError("tap_inner_grad is for reading: a hook returned something else; edit ttt_lr_mult instead")
         readout = q + self.ttt_norm_weight[:, None] * unit_layer_norm(output.z) + self.ttt_norm_bias[:, None]
         mixed = self._output(self.tap_readout(readout), hidden_states)
         stats = None

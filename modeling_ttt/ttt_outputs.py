@@ -6,7 +6,6 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-
 __all__ = ["TTTCausalLMOutput", "TTTModelOutput", "TTTStats"]
 
 

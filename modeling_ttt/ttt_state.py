@@ -8,7 +8,6 @@ from torch import Tensor
 from .inner_net import InnerNet, Weights
 from .token_grid import TokenGrid
 
-
 __all__ = ["ScanInputs", "ScanOutput", "TTTState", "scan_dtype"]
 
 
@@ -22,8 +21,8 @@ class TTTState:
     """The inner weights of a batch of rows and the writes of their open mini-batches.
 
     `weights[i]` is (W [B, H, in, out], b [B, H, 1, out]) of inner map i at the start of the open mini-batch. `rows[i]`
-    is (x [B, H, K, in], g [B, H, K, out]): per slot the input and lr times the gradient of a token that has written but
-    is not committed yet; slots not reached yet hold zeros in g. A read at position j uses
+    is (x [B, H, K, in], g [B, H, K, out]): per slot the input and lr times the gradient of a token that has written
+    but is not committed yet; slots not reached yet hold zeros in g. A read at position j uses
     `W - tau_j * x^T g`, the commit at the end of the mini-batch makes `W - tau_{K-1} * x^T g` the new W.
     """
 
@@ -31,9 +30,7 @@ class TTTState:
     rows: Weights
 
     @classmethod
-    def initial(
-        cls, initial_weights: Weights, batch: int, mini_batch_size: int, dtype: torch.dtype
-    ) -> "TTTState":
+    def initial(cls, initial_weights: Weights, batch: int, mini_batch_size: int, dtype: torch.dtype) -> "TTTState":
         """W_0 for every row and an empty mini-batch. `initial_weights` holds (W [H, in, out], b [H, 1, out])."""
         weights, rows = [], []
         for weight, bias in initial_weights:

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from modeling_ttt import TTTConfig, TTTForCausalLM
 
-
 GOLDENS = Path(__file__).parent / "goldens"
 FORWARD = sorted(path.stem for path in GOLDENS.glob("*_L*.json"))
 GENERATION = sorted(path.stem for path in GOLDENS.glob("gen_*.json"))
@@ -22,9 +21,7 @@ def load_golden(name, dtype=torch.float64, backend="chunked"):
     # The official code has one base learning rate, 1.0, for both inner nets unless told otherwise.
     config = TTTConfig(**{"ttt_base_lr": 1.0, "bos_token_id": 1, **meta["config"]}, ttt_backend=backend)
     model = TTTForCausalLM(config).to(dtype).eval()
-    state = {
-        key.removeprefix("param."): t.to(dtype) for key, t in tensors.items() if key.startswith("param.")
-    }
+    state = {key.removeprefix("param."): t.to(dtype) for key, t in tensors.items() if key.startswith("param.")}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
@@ -81,11 +78,7 @@ def test_inner_norms_and_final_states_equal_the_official_code(name, backend):
         out = model(golden["input_ids"], output_ttt_stats=True)
     tau = model.model.layers[0].seq_modeling_block.token_rate(torch.float64)
     for i, stats in enumerate(out.ttt_stats):
-        inner = {
-            k.split(f"inner.layers.{i}.")[1]: t
-            for k, t in golden.items()
-            if k.startswith(f"inner.layers.{i}.")
-        }
+        inner = {k.split(f"inner.layers.{i}.")[1]: t for k, t in golden.items() if k.startswith(f"inner.layers.{i}.")}
         squares = sum(t.double().square() for key, t in inner.items() if key.startswith("gradnorm."))
         assert relative(stats.inner_grad_norm, squares.sqrt()) < 2e-6
         assert relative(stats.lr, inner["ttt_lr_eta"]) < 2e-6
@@ -143,6 +136,4 @@ def test_greedy_generation_equals_the_official_code(name, backend):
     with torch.no_grad():
         full = model(golden["sequence"], use_cache=True)
     for i in range(model.config.num_hidden_layers):
-        assert (
-            check_state(full.past_key_values.layers[i].tensors, golden, i, model.config.mini_batch_size) > 0
-        )
+        assert check_state(full.past_key_values.layers[i].tensors, golden, i, model.config.mini_batch_size) > 0
