@@ -81,6 +81,13 @@ class TTTConfig(PreTrainedConfig):
 
     model_type = "ttt"
     keys_to_ignore_at_inference = ["past_key_values", "plasticity", "ttt_stats"]
+    # The TTT layer itself is replicated: its norm after the inner loop runs over all heads.
+    base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 2048

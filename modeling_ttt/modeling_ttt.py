@@ -176,6 +176,7 @@ class TTTModel(TTTPreTrainedModel):
 @auto_docstring
 class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: TTTConfig):

@@ -33,6 +33,7 @@ class TokenGrid:
         slot: [B, T] (or [1, T]) int64, position of each token in its mini-batch; of a masked token that of the next.
         uniform: packing is the identity.
         phase: slot of packed column 0.  width: number of packed columns.
+        has_open_rows: some row continues in the middle of a mini-batch.
         complete, reset: [B, M] bool per packed mini-batch: it is full (commits); it starts a document (from W_0).
         last: [B] int64, the mini-batch that holds the row's last real token (0 if it has none in this call).
     """
@@ -50,9 +51,10 @@ class TokenGrid:
         self.border = None if border is None or not bool(border.any()) else border
         self._elsewhere: dict[torch.device, TokenGrid] = {}
         self._windows: dict[int, tuple[Tensor, Tensor]] = {}
-        self.uniform = self.real is None and self.border is None and len(set(self.position.tolist())) <= 1
+        starts = {0} if position is None else set(position.tolist())
+        self.uniform = self.real is None and self.border is None and len(starts) == 1
         if self.uniform:
-            self._place_uniform()
+            self._place_uniform(starts.pop())
         else:
             self._place_ragged()
 
@@ -101,11 +103,6 @@ class TokenGrid:
             column += count
         return spans
 
-    @property
-    def has_open_rows(self) -> bool:
-        """Some row continues in the middle of a mini-batch."""
-        return bool((self.position % self.mini_batch_size).any())
-
     # ---------------------------------------------------------------- counts and windows
 
     @property
@@ -132,8 +129,8 @@ class TokenGrid:
 
     # ---------------------------------------------------------------- construction
 
-    def _place_uniform(self) -> None:
-        start = int(self.position[0]) if self.batch else 0
+    def _place_uniform(self, start: int) -> None:
+        self.has_open_rows = start % self.mini_batch_size != 0
         self.phase, self.width = start % self.mini_batch_size, self.length
         steps = torch.arange(self.length, device=self.device)
         self.slot = ((start + steps) % self.mini_batch_size)[None]  # [1, T]
@@ -165,6 +162,7 @@ class TokenGrid:
         self.last = torch.where(self._count > 0, mini_batch.gather(1, self._last_real(real))[:, 0], 0)
         self._build_pack(real, column)
         self._build_flags(real, mini_batch, start[:, 0] % size)
+        self.has_open_rows = bool(open_at_start.any())
 
     def _last_real(self, real: Tensor) -> Tensor:
         """[B, 1] index of the last real token (0 if there is none)."""
