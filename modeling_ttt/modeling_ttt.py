@@ -24,6 +24,12 @@ __all__ = ["TTTForCausalLM", "TTTModel", "TTTPreTrainedModel"]
 
 logger = logging.get_logger(__name__)
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_ttt.TTTConfig",
+    "AutoModel": "modeling_ttt.TTTModel",
+    "AutoModelForCausalLM": "modeling_ttt.TTTForCausalLM",
+}
+
 
 class TTTPreTrainedModel(PreTrainedModel):
     """Weight initialisation and what the library needs to know about the architecture."""
@@ -51,7 +57,11 @@ class TTTPreTrainedModel(PreTrainedModel):
                 init.zeros_(getattr(module, bias))
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save as usual; warn when the saved configuration keeps the model from learning at inference."""
+        """Save as usual; with the code when asked, and a warning when the configuration keeps the model from learning.
+
+        After `TTTForCausalLM.register_for_auto_class("AutoModelForCausalLM")` the code is written beside the weights,
+        as Transformers does for any custom model, and every Auto class finds its own class in it.
+        """
         frozen = {
             name: getattr(self.config, name)
             for name in ("frozen_layers", "frozen_heads", "frozen_from")
@@ -61,6 +71,8 @@ class TTTPreTrainedModel(PreTrainedModel):
             logger.warning(
                 f"the saved configuration freezes inner weights: {frozen}; every user of it will load it so"
             )
+        if self._auto_class is not None:
+            self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 

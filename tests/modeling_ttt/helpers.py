@@ -5,7 +5,6 @@ import torch
 from modeling_ttt import TTTConfig, TTTForCausalLM
 from tests.conftest import TINY
 
-
 BACKBONES = {
     "plain": {},
     "mamba": {"share_qk": True, "pre_conv": True, "use_gate": True},

@@ -14,7 +14,9 @@ def inner_loop_inputs(model, ids, layer, **kwargs):
     hooks = [
         mixer.tap_k.register_forward_hook(lambda m, a, out: seen.update(k=out)),
         mixer.tap_lr.register_forward_hook(lambda m, a, out: seen.update(lr=out[..., 0])),
-        mixer.v_proj.register_forward_hook(lambda m, a, out: seen.update(v=out.unflatten(-1, (2, -1)).transpose(1, 2))),
+        mixer.v_proj.register_forward_hook(
+            lambda m, a, out: seen.update(v=out.unflatten(-1, (2, -1)).transpose(1, 2))
+        ),
     ]
     try:
         out = model(ids, **kwargs)
@@ -49,8 +51,12 @@ def test_plasticity_is_the_norm_of_the_built_update_and_writes_sum_to_the_commit
         final = out.past_key_values.layers[layer].tensors
         for row in range(2):
             for head in range(2):
-                params = tuple(getattr(mixer, name)[head].detach().squeeze(0) if name[0] == "b" else
-                               getattr(mixer, name)[head].detach() for name in names)
+                params = tuple(
+                    getattr(mixer, name)[head].detach().squeeze(0)
+                    if name[0] == "b"
+                    else getattr(mixer, name)[head].detach()
+                    for name in names
+                )
                 for start in range(0, 12, size):
                     writes = []
                     for t in range(start, start + size):

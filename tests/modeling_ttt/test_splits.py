@@ -5,7 +5,6 @@ import torch
 
 from .helpers import BACKBONES, cache_distance, distance, read_in_pieces, tiny, tokens
 
-
 SPLITS = {
     "halves": [50],
     "mid_mini_batch": [3, 7, 30, 31, 33, 64, 99],
@@ -138,7 +137,9 @@ def test_a_token_never_changes_what_came_before_it(kind, option):
             changed[0, t] = 3 + (changed[0, t] - 2) % 60
             out = model(changed, **kwargs[option])
             assert distance(out.logits[:, :t], base.logits[:, :t]) == 0
-            assert all(torch.equal(a[:, :, :t], b[:, :, :t]) for a, b in zip(out.plasticity, base.plasticity))
+            assert all(
+                torch.equal(a[:, :, :t], b[:, :, :t]) for a, b in zip(out.plasticity, base.plasticity, strict=True)
+            )
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])

@@ -1,0 +1,180 @@
+"""The model as Transformers sees it: outputs, labels, checkpointing, dtypes, and errors that name the culprit."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from modeling_ttt import TTTConfig, TTTForCausalLM, TTTModel
+
+from .helpers import BACKBONES, cache_distance, distance, tiny, tokens
+
+
+@pytest.fixture(params=["linear", "mlp"])
+def model(request):
+    return tiny(ttt_layer_type=request.param, **BACKBONES["mamba"])
+
+
+def test_auto_classes_know_the_model():
+    config = TTTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=10)
+    assert isinstance(AutoConfig.for_model("ttt"), TTTConfig)
+    assert isinstance(AutoModel.from_config(config), TTTModel)
+    assert isinstance(AutoModelForCausalLM.from_config(config), TTTForCausalLM)
+
+
+@torch.no_grad()
+def test_outputs_follow_the_conventions(model):
+    ids = tokens(2, 9)
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == 3
+    assert torch.equal(out.hidden_states[0], model.model.embed_tokens(ids))
+    assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+    assert out.past_key_values.get_seq_length() == 9
+    assert model(ids, use_cache=False).past_key_values is None
+    parts = model(ids, return_dict=False)
+    assert torch.equal(parts[0], out.logits) and len(parts) == 3
+    assert torch.equal(model(inputs_embeds=model.model.embed_tokens(ids)).logits, out.logits)
+
+
+@torch.no_grad()
+def test_hidden_states_of_a_padded_batch_stay_in_the_callers_layout(model):
+    ids = tokens(1, 8)
+    left = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(1, 3), torch.ones(1, 8)], 1)
+    padded = model(left, attention_mask=mask, output_hidden_states=True).hidden_states
+    plain = model(ids, output_hidden_states=True).hidden_states
+    assert distance([h[:, 3:] for h in padded], plain) < 1e-10
+
+
+@torch.no_grad()
+def test_logits_to_keep_takes_a_number_positions_or_a_mask(model):
+    ids = tokens(2, 9)
+    full = model(ids).logits
+    assert distance(model(ids, logits_to_keep=3).logits, full[:, -3:]) < 1e-12
+    assert distance(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, full[:, [0, 5]]) < 1e-12
+    picked = model(ids, logits_to_keep=torch.tensor([[0, 5], [8, 1]])).logits
+    assert distance(picked, torch.stack([full[0, [0, 5]], full[1, [8, 1]]])) < 1e-12
+    mask = torch.rand(2, 9) > 0.5
+    assert distance(model(ids, logits_to_keep=mask).logits, full[mask]) < 1e-12
+
+
+@torch.no_grad()
+def test_loss_shifts_labels_and_ignores_minus_100(model):
+    ids = tokens(2, 9)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    out = model(ids, labels=labels)
+    kept = labels[:, 1:] != -100
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1][kept], ids[:, 1:][kept])
+    assert distance(out.loss, expected) < 1e-12
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    again = model(ids, labels=labels, shift_labels=shifted, num_items_in_batch=kept.sum())
+    assert distance(again.loss, expected) < 1e-12
+    float32 = model.float()(ids, labels=labels, num_items_in_batch=torch.tensor(7)).loss
+    assert distance(float32.double(), expected * int(kept.sum()) / 7) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(model, reentrant):
+    ids = tokens(2, 13)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    out = model(ids, labels=ids, attention_mask=torch.ones_like(ids))
+    assert out.past_key_values is None
+    out.loss.backward()
+    assert distance([p.grad for p in model.parameters()], expected) < 1e-12
+    with torch.no_grad():
+        cache = model.eval()(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot go on from past_key_values"):
+        model.train()(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_gradients_of_both_backends_agree_with_padding(model, backend):
+    ids, mask = tokens(2, 11), torch.ones(2, 11)
+    mask[1, :4] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    model(ids, attention_mask=mask, labels=labels).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.config.ttt_backend = backend
+    model(ids, attention_mask=mask, labels=labels).loss.backward()
+    assert distance([p.grad for p in model.parameters()], expected) < 1e-10
+
+
+@torch.no_grad()
+def test_half_precision_keeps_the_inner_loop_in_float32(model):
+    ids = tokens(2, 40)
+    exact = model(ids).logits
+    half = model.to(torch.bfloat16)
+    plain = half(ids)
+    assert torch.isfinite(plain.logits).all()
+    # Weights rounded to bfloat16, everything else exact: what the rounding of the weights alone costs.
+    rounded = tiny(dtype=torch.float64, ttt_layer_type=model.config.ttt_layer_type, **BACKBONES["mamba"])
+    rounded.load_state_dict(half.state_dict())
+    reference = rounded(ids).logits
+    scale = exact.std()
+    assert (plain.logits.double() - reference).pow(2).mean().sqrt() < 0.05 * scale
+    single = rounded.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = single(ids)
+    state = out.past_key_values.layers[0].tensors
+    assert {t.dtype for name, t in state.items() if name[0] in "Wbxg"} == {torch.float32}
+    assert (out.logits.double() - reference).pow(2).mean().sqrt() < 0.05 * scale
+
+
+def test_training_lowers_the_loss(model):
+    model = model.float().train()
+    ids = tokens(4, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(15):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 5)}, ValueError, r"attention_mask must be \[batch, tokens\] = \[2, 9\]"),
+        ({"attention_mask": torch.ones(3, 9)}, ValueError, r"got \[3, 9\]"),
+        ({"attention_mask": torch.ones(2, 1, 9, 9)}, ValueError, "attention_mask must be a tensor"),
+        ({"ttt_lr_mult": torch.ones(3, 1, 1, 9)}, ValueError, r"ttt_lr_mult must be broadcastable .* \[2, 2, 2, 9\]"),
+        ({"ttt_lr_mult": torch.ones(1, 1, 1, 1, 9)}, ValueError, "broadcastable"),
+        ({"ttt_lr_mult": 0.5}, TypeError, "ttt_lr_mult must be a tensor, got float"),
+        ({"labels": torch.ones(2, 8, dtype=torch.long)}, ValueError, r"labels must be .* got \[2, 8\]"),
+        ({"reset_at": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "reset_at as a mask"),
+        ({"reset_at": torch.ones(2, 9)}, ValueError, "reset_at must be token ids or a bool mask"),
+        ({"inputs_embeds": torch.ones(2, 9, 32)}, ValueError, "exactly one of input_ids and inputs_embeds"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        tiny()(tokens(2, 9), **kwargs)
+
+
+def test_no_tokens_and_token_ids_without_input_ids_are_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        tiny()(torch.zeros(2, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="reset_at as token ids needs input_ids"):
+        tiny()(inputs_embeds=torch.ones(2, 9, 32, dtype=torch.float64), reset_at=1)
+
+
+def test_nothing_is_left_behind_on_the_module(model):
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    with torch.no_grad():
+        first = model(tokens(2, 9))
+        model(tokens(2, 5, seed=8))
+        second = model(tokens(2, 9))
+    assert torch.equal(first.logits, second.logits)
+    assert cache_distance(first.past_key_values, second.past_key_values) == 0
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert attributes == {name: set(vars(module)) for name, module in model.named_modules()}
