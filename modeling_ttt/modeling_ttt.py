@@ -16,6 +16,7 @@ from .block import TTTBlock, TTTRMSNorm
 from .call_inputs import build_grid, expand_lr_mult, layer_lr_mults, prepare_cache
 from .configuration_ttt import TTTConfig
 from .rotary import rotary_table
+from .short_conv import ShortConv
 from .ttt_layer import TTTLayer
 from .ttt_outputs import TTTCausalLMOutput, TTTModelOutput
 from .ttt_state import scan_dtype
@@ -45,7 +46,10 @@ class TTTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TTTLayer):
+        if isinstance(module, ShortConv):
+            # Variance-preserving, as the official code trains: the library's default would all but silence q and k.
+            init.normal_(module.weight, mean=0.0, std=module.kernel_size[0] ** -0.5)
+        elif isinstance(module, TTTLayer):
             std = self.config.initializer_range
             init.zeros_(module.learnable_token_idx)
             init.normal_(module.learnable_ttt_lr_weight, mean=0.0, std=std)
