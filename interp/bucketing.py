@@ -1,0 +1,186 @@
+"""Labels every token as syntax, retrieval, novelty or other, from the text alone."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from interp.words import NUMBER, TokenTable, Words, find_words, normalise
+
+__all__ = ["BUCKET_NAMES", "Bucket", "StopList", "TokenBuckets", "bucket_tokens", "load_stop_words"]
+
+
+class Bucket(IntEnum):
+    """What a token's word is in its document.
+
+    SYNTAX: a closed-class word (stop list). RETRIEVAL: a content word that occurred before in the document.
+    NOVELTY: a content word at its first occurrence. OTHER: punctuation, white space, special tokens.
+    """
+
+    SYNTAX = 0
+    RETRIEVAL = 1
+    NOVELTY = 2
+    OTHER = 3
+
+
+BUCKET_NAMES = tuple(bucket.name for bucket in Bucket)
+
+
+@dataclass(frozen=True)
+class StopList:
+    """Words that count as SYNTAX, normalised, with name, version (None unless bundled) and sha256."""
+
+    name: str
+    version: str | None
+    sha256: str
+    words: frozenset[str]
+
+
+@dataclass(frozen=True)
+class TokenBuckets:
+    """Labels of a token sequence.
+
+    labels: uint8 [T], values of `Bucket`; all tokens of a word share its label.
+    word_id: int32 [T], number of the token's word in the order of the text, -1 for tokens outside words.
+    is_word_start: bool [T], True at the first token of a word; the others are easier to predict.
+    meta: what the labels depend on, ready for JSON: stop_words, stop_words_version, stop_words_sha256,
+        stop_words_size, numbers, min_lag, tokenizer_kind, byte_exact.
+    """
+
+    labels: np.ndarray
+    word_id: np.ndarray
+    is_word_start: np.ndarray
+    meta: dict[str, Any]
+
+
+def bucket_tokens(
+    ids: Any,
+    tokenizer: Any,
+    *,
+    stop_words: str | Iterable[str] | StopList = "en",
+    numbers: str = "content",
+    min_lag: int = 0,
+    doc_ids: Any = None,
+) -> TokenBuckets:
+    """Label every token of one or several documents.
+
+    A word was seen before if an equal word (normalised, without possessive 's) ended at least `min_lag`
+    tokens before the first token of this one, in the same document. The label of a token may depend on later
+    tokens of its own word, so it serves analysis; it is not a causal feature.
+
+    Args:
+        ids: token ids [T].
+        tokenizer: a fast Transformers tokenizer, a `tokenizers.Tokenizer`, or a `TokenTable` of one.
+        stop_words: name of a bundled list ("en"), any iterable of words, or a `StopList`.
+        numbers: "content" (numbers are retrieval or novelty) or "other".
+        min_lag: in tokens; the mini-batch size demands an occurrence in an earlier mini-batch.
+        doc_ids: integers [T], equal within a document. Without them a document begins at the start, at each
+            BOS and after each EOS token.
+
+    Raises ValueError or TypeError for ids of another tokenizer, shapes that differ and unknown options.
+    """
+    table = TokenTable.from_tokenizer(tokenizer)
+    ids = table.check_ids(ids)
+    stops = load_stop_words(stop_words)
+    if numbers not in ("content", "other"):
+        raise ValueError(f'numbers must be "content" or "other", got {numbers!r}')
+    if isinstance(min_lag, bool) or not isinstance(min_lag, int | np.integer):
+        raise TypeError(f"min_lag must be an integer, got {min_lag!r}")
+    if min_lag < 0:
+        raise ValueError(f"min_lag must be 0 or more tokens, got {min_lag}")
+    documents = _documents(ids, table, doc_ids)
+    words = find_words(ids, table, breaks=np.diff(documents, prepend=documents[:1]) != 0)
+    labels = np.full(len(ids), Bucket.OTHER, dtype=np.uint8)
+    inside = words.of_token >= 0
+    labels[inside] = _label_words(words, documents, stops, numbers, min_lag)[words.of_token[inside]]
+    word_id = np.full(len(ids), -1, dtype=np.int32)
+    word_id[inside] = np.cumsum(words.is_start)[inside] - 1
+    meta = {
+        "stop_words": stops.name,
+        "stop_words_version": stops.version,
+        "stop_words_sha256": stops.sha256,
+        "stop_words_size": len(stops.words),
+        "numbers": numbers,
+        "min_lag": int(min_lag),
+        "tokenizer_kind": table.kind,
+        "byte_exact": table.exact,
+    }
+    return TokenBuckets(labels, word_id, words.is_start, meta)
+
+
+def load_stop_words(stop_words: str | Iterable[str] | StopList) -> StopList:
+    """Load a bundled stop list by its language code, or make one of any iterable of words.
+
+    The sha256 is that of the file, or of the sorted normalised words of an iterable joined by line feeds.
+    Raises ValueError for an unknown name and TypeError for anything else.
+    """
+    if isinstance(stop_words, StopList):
+        return stop_words
+    if isinstance(stop_words, str):
+        return _bundled(stop_words)
+    if not isinstance(stop_words, Iterable) or isinstance(stop_words, bytes):
+        raise TypeError(f"stop_words must be a name or an iterable of words, got {type(stop_words).__name__}")
+    words = list(stop_words)
+    for word in words:
+        if not isinstance(word, str):
+            raise TypeError(f"stop_words must hold strings, got {word!r}")
+    normal = frozenset(map(normalise, words))
+    digest = hashlib.sha256("\n".join(sorted(normal)).encode()).hexdigest()
+    return StopList("custom", None, digest, normal)
+
+
+def _bundled(name: str) -> StopList:
+    folder = resources.files("interp") / "stop_words"
+    names = sorted(file.name.removesuffix(".txt") for file in folder.iterdir() if file.name.endswith(".txt"))
+    if name not in names:
+        raise ValueError(f"stop_words must be an iterable of words or one of {names}, got {name!r}")
+    data = (folder / f"{name}.txt").read_bytes()
+    first, *lines = data.decode().splitlines()
+    words = (line.strip() for line in lines)
+    version = first.rpartition("version ")[2]
+    normal = frozenset(normalise(word) for word in words if word and not word.startswith("#"))
+    return StopList(name, version, hashlib.sha256(data).hexdigest(), normal)
+
+
+def _documents(ids: np.ndarray, table: TokenTable, doc_ids: Any) -> np.ndarray:
+    """Document of every token, int64 [T]."""
+    if doc_ids is None:
+        begins = np.isin(ids, list(table.opens))
+        begins[1:] |= np.isin(ids[:-1], list(table.closes))
+        return np.cumsum(begins)
+    documents = np.asarray(doc_ids)
+    if documents.shape != ids.shape:
+        raise ValueError(f"doc_ids must have the shape of ids {ids.shape}, got {documents.shape}")
+    if documents.size and not np.issubdtype(documents.dtype, np.integer):
+        raise TypeError(f"doc_ids must be integers, got dtype {documents.dtype}")
+    return documents.astype(np.int64)
+
+
+def _label_words(words: Words, documents: np.ndarray, stops: StopList, numbers: str, min_lag: int) -> np.ndarray:
+    """Bucket of every word, uint8 [W]."""
+    vocabulary: dict[str, int] = {}
+    form = np.array([vocabulary.setdefault(w, len(vocabulary)) for w in words.forms], dtype=np.int64)
+    keys: dict[str, int] = {}
+    key_of_form = np.array([keys.setdefault(_stem(w), len(keys)) for w in vocabulary], dtype=np.int64)
+    stop_of_form = np.array([w in stops.words or _stem(w) in stops.words for w in vocabulary], dtype=bool)
+    document = np.unique(documents, return_inverse=True)[1][words.begin]
+    occurrence = document * len(keys) + key_of_form[form]
+    _, first, inverse = np.unique(occurrence, return_index=True, return_inverse=True)
+    # The first occurrence is the farthest one, so it decides for any lag.
+    first = first[inverse]
+    lag = words.begin - words.end[first]
+    seen = (first < np.arange(len(first))) & (lag >= min_lag)
+    labels = np.where(seen, Bucket.RETRIEVAL, Bucket.NOVELTY).astype(np.uint8)
+    labels[stop_of_form[form]] = Bucket.SYNTAX
+    if numbers == "other":
+        labels[words.kinds == NUMBER] = Bucket.OTHER
+    return labels
+
+
+def _stem(form: str) -> str:
+    """Drop a possessive 's; the bare apostrophe of a plural is never part of a word."""
+    return form.removesuffix("'s")
