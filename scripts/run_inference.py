@@ -1,0 +1,211 @@
+"""Lets a TTT model read documents and leaves a run folder: surprisal, bucket and plasticity of every token.
+
+    python scripts/run_inference.py --model model_cards/ttt-linear-tiny --exp_name demo
+    accelerate launch scripts/run_inference.py --model <Hub id> --dataset_type pg19 --seq_length 32768
+    torchrun --nproc_per_node 2 scripts/run_inference.py --device cpu --model <folder>
+
+Options of the earlier JAX script and what stands for them here:
+
+- load_checkpoint: --model (or --load_checkpoint), a folder or Hub id, and --revision
+- load_model_config: --load_model_config, a config.json instead of the model's own
+- update_model_config: --config key=value ... (or --update_model_config); nothing is evaluated
+- dataset_type: --dataset_type; `needle` is also known as `synthetic`
+- dataset_path, dataset_split: --dataset_path, --dataset_split
+- tokenizer_name: --tokenizer_name (default: the model's own)
+- seq_length: --seq_length
+- global_batch_size: --batch_size (or --global_batch_size)
+- max_steps: --max_steps; max_steps x batch_size documents in all, however many processes read them
+- exp_dir, exp_name: --exp_dir, --exp_name
+- output_filename: none; the files of a run folder have fixed names, the folder is named
+- mesh_dim: none; `accelerate config` and `accelerate launch` distribute the documents
+- dtype, seed: --dtype, --seed
+- loader_workers: none; documents are made as they are read
+"""
+
+import hashlib
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from _shared import option, parse, prepare, repeated, run, run_folder
+from accelerate import PartialState
+
+from interp.collect import collect
+from interp.corpora import DATASET_TYPES, load_corpus
+from interp.freezing import parse_freezing, ttt_layers
+from interp.loading import load_model, load_tokenizer, parse_overrides
+from interp.needle import FILLERS, NeedleOptions
+from interp.reader import DEFAULT_SEGMENT_LENGTH
+from interp.run_folder import read_run
+
+log = logging.getLogger("run_inference")
+
+
+@dataclass
+class InferenceArguments:
+    """Read documents with a TTT model and leave a run folder with surprisal, bucket and plasticity of every
+    token."""
+
+    model: str = option(help="folder or Hub id of the model", aliases=["--load_checkpoint"])
+    revision: str | None = option(None, "branch, tag or commit of a Hub model")
+    load_model_config: str | None = option(None, "config.json (or its folder) instead of the model's own")
+    config: list[str] = repeated("key=value: replaces a configuration key", aliases=["--update_model_config"])
+    trust_remote_code: bool = option(False, "run code that comes with a Hub model")
+    tokenizer_name: str | None = option(None, "folder or Hub id of the tokenizer (default: the model)")
+    dtype: Literal["float32", "bfloat16", "float64"] = option("float32", "dtype of the model")
+    device: str | None = option(None, "device (default: an accelerator if there is one)")
+
+    dataset_type: Literal[DATASET_TYPES] = option("pydoc", "kind of documents")
+    dataset_path: list[str] = option([], "files, a folder, or a dataset id")
+    dataset_config: str | None = option(None, "configuration name of a dataset")
+    dataset_split: str | None = option(None, "split of a dataset (default: validation)")
+    text_column: str = option("text", "column of a dataset that holds the text")
+    seq_length: int = option(2048, "most tokens per document")
+    max_chars: int | None = option(None, "most characters read of each text (default: 200000 or 16 seq_length)")
+    pieces_per_text: int | None = option(None, "most documents cut from each text (default: 1 for datasets)")
+    max_steps: int = option(10, "batches; max_steps x batch_size documents are read in all")
+    batch_size: int = option(1, "documents read at a time", aliases=["--global_batch_size"])
+    segment_length: int = option(DEFAULT_SEGMENT_LENGTH, "tokens per forward pass; changes memory, not results")
+
+    needle_depth: list[float] = option([], "where the needle is, 0 to 1; documents take turns (default: 0)")
+    needle_filler: Literal[FILLERS] | None = option(None, "filler of needle documents (default: random)")
+    needle_value_length: int | None = option(None, "hex digits of the value, 1 to 8 (default: 8)")
+    needle_filler_text: str | None = option(None, "text file for filler 'text' (default: Python's reference)")
+
+    freeze: list[str] = repeated("another pass with these layers frozen: all, 2,3 or 0-1; may be repeated")
+    stop_words: str = option("en", "bundled stop list, or a file with a word per line")
+    numbers: Literal["content", "other"] = option("content", "whether numbers are content words or OTHER")
+    min_lag: int = option(0, "tokens back from which on an earlier occurrence counts as seen")
+
+    exp_dir: str = option("results", "folder of all results")
+    exp_name: str | None = option(None, "name of this run's folder (default: model and dataset_type)")
+    overwrite: bool = option(False, "replace a run of that name")
+    resume: bool = option(False, "go on with an interrupted run of that name")
+    seed: int = option(0, "seed of needle documents and of every random generator")
+    quick_test: bool = option(False, "at most 2 documents of 256 tokens, to see that everything works")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(InferenceArguments, argv)
+    if arguments.quick_test:
+        arguments.seq_length = min(arguments.seq_length, 256)
+        arguments.max_steps, arguments.batch_size = min(arguments.max_steps, 2), 1
+    state = PartialState(cpu=arguments.device == "cpu")
+    prepare(arguments.seed, state.is_main_process)
+    folder = run_folder(arguments.exp_dir, arguments.exp_name or _default_name(arguments))
+    tokenizer = load_tokenizer(
+        arguments.tokenizer_name or arguments.model,
+        revision=None if arguments.tokenizer_name else arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    model = load_model(
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        device=arguments.device or state.device,
+        trust_remote_code=arguments.trust_remote_code,
+        config=arguments.load_model_config,
+        overrides=parse_overrides(arguments.config),
+    )
+    corpus = corpus_options(arguments)
+    layers = ttt_layers(model.config)
+    collect(
+        model,
+        tokenizer,
+        load_corpus(tokenizer=tokenizer, **corpus),
+        folder,
+        batch_size=arguments.batch_size,
+        segment_length=arguments.segment_length,
+        freezing=[parse_freezing(text, layers) for text in arguments.freeze],
+        stop_words=_stop_words(arguments.stop_words),
+        numbers=arguments.numbers,
+        min_lag=arguments.min_lag,
+        arguments=asdict(arguments),
+        corpus=describe_corpus(corpus),
+        seed=arguments.seed,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        barrier=state.wait_for_everyone,
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+        progress=state.is_main_process,
+    )
+    if state.is_main_process:
+        summarise(folder, arguments.max_steps * arguments.batch_size)
+    return 0
+
+
+def corpus_options(arguments: InferenceArguments) -> dict[str, Any]:
+    """Arguments of `load_corpus`, apart from the tokenizer."""
+    paths = arguments.dataset_path
+    return {
+        "dataset_type": arguments.dataset_type,
+        "path": paths[0] if len(paths) == 1 else paths or None,
+        "seq_length": arguments.seq_length,
+        "max_documents": arguments.max_steps * arguments.batch_size,
+        "max_chars": arguments.max_chars,
+        "pieces_per_text": arguments.pieces_per_text,
+        "split": arguments.dataset_split,
+        "config_name": arguments.dataset_config,
+        "text_column": arguments.text_column,
+        "seed": arguments.seed,
+        "needle": _needle_options(arguments),
+    }
+
+
+def describe_corpus(corpus: dict[str, Any]) -> dict[str, Any]:
+    """The same for run.json, with the hash of a filler text instead of the text."""
+    if corpus["needle"] is None:
+        return corpus
+    needle = asdict(corpus["needle"])
+    if needle["filler_text"] is not None:
+        needle["filler_text"] = "sha256:" + hashlib.sha256(needle["filler_text"].encode()).hexdigest()
+    return {**corpus, "needle": needle}
+
+
+def summarise(folder: Path, documents_wanted: int) -> None:
+    """Prints what the run holds."""
+    run = read_run(folder)
+    totals = run.meta["totals"]
+    print(f"{folder}: {totals['documents']} documents, {totals['tokens']} tokens")
+    if totals["documents"] < documents_wanted:
+        log.warning("the corpus has only %d of %d documents", totals["documents"], documents_wanted)
+    per_byte = totals["nats_per_byte"]
+    print(f"loss {_number(totals['mean_loss'])} nats per token, {_number(per_byte)} nats per byte")
+    for freezing, loss in zip(run.freezing, totals["mean_loss_frozen"], strict=True):
+        print(f"loss {_number(loss)} nats per token with layers {freezing['name']} frozen")
+    if run.tokens["is_answer"].any():
+        answer = run.tokens.loc[run.tokens["is_answer"], "loss"].mean()
+        print(f"loss {answer:.4f} nats per answer token")
+    means = zip(run.ttt_layers, run.plasticity.mean(0), strict=True)
+    print("mean plasticity per layer " + ", ".join(f"{layer}: {mean:.3g}" for layer, mean in means))
+    print(f"{totals['seconds']:.1f} s, {totals['tokens_per_second']:.0f} tokens per second")
+
+
+def _default_name(arguments: InferenceArguments) -> str:
+    return f"{Path(arguments.model).name}-{arguments.dataset_type}"
+
+
+def _needle_options(arguments: InferenceArguments) -> NeedleOptions | None:
+    given = {
+        "depths": tuple(arguments.needle_depth) or None,
+        "filler": arguments.needle_filler,
+        "value_length": arguments.needle_value_length,
+    }
+    if arguments.needle_filler_text:
+        given["filler_text"] = Path(arguments.needle_filler_text).read_text(encoding="utf-8")
+    given = {name: value for name, value in given.items() if value is not None}
+    return NeedleOptions(**given) if given else None
+
+
+def _stop_words(name: str) -> str | list[str]:
+    return Path(name).read_text(encoding="utf-8").split() if Path(name).is_file() else name
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    run(main)
