@@ -4,6 +4,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .inner_net import INNER_NETS, InnerNet
 
@@ -170,9 +171,13 @@ class TTTConfig(PreTrainedConfig):
             "num_hidden_layers",
             "num_attention_heads",
         )
-        for name in (*positive, "mini_batch_size", "conv_kernel"):
+        for name in (*positive, "mini_batch_size", "conv_kernel", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rms_norm_eps <= 0:
+            raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "

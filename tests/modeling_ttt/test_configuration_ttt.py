@@ -90,6 +90,8 @@ def test_configuration_round_trips_through_json(tmp_path):
         ({"hidden_size": 100, "num_attention_heads": 3}, "multiple of num_attention_heads, got 100 and 3"),
         ({"hidden_size": 9, "num_attention_heads": 3}, "must be even, got 3"),
         ({"ttt_layer_type": "cubic"}, r"ttt_layer_type must be one of \['linear', 'mlp'\], got 'cubic'"),
+        ({"hidden_act": "swish9"}, "hidden_act must be one of"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive"),
         ({"ttt_backend": "cuda"}, "ttt_backend must be"),
         ({"mini_batch_size": 0}, "mini_batch_size must be at least 1, got 0"),
         ({"ttt_base_lr": -1.0}, "ttt_base_lr must not be negative"),

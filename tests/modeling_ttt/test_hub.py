@@ -113,6 +113,34 @@ def test_code_is_written_only_when_asked(tmp_path, monkeypatch):
     assert "auto_map" in json.loads((tmp_path / "code" / "config.json").read_text())
 
 
+def test_push_to_hub_uploads_the_code_when_asked(monkeypatch):
+    uploaded = {}
+
+    class FakeHub:
+        def create_repo(self, repo_id, **kwargs):
+            return type("Repo", (), {"repo_id": repo_id})
+
+    class Card:
+        def save(self, path):
+            Path(path).write_text("card")
+
+    hub = "transformers.utils.hub"
+    monkeypatch.setattr(f"{hub}.hf_api", FakeHub)
+    monkeypatch.setattr(f"{hub}.create_and_tag_model_card", lambda *args, **kwargs: Card())
+    monkeypatch.setattr(
+        TTTForCausalLM,
+        "_upload_modified_files",
+        lambda self, folder, repo_id, **kwargs: uploaded.update({repo_id: {p.name for p in Path(folder).iterdir()}}),
+    )
+    monkeypatch.setattr(TTTForCausalLM, "_auto_class", None)
+    tiny().push_to_hub("someone/plain")
+    TTTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    tiny().push_to_hub("someone/code")
+    assert {"config.json", "model.safetensors", "README.md"} <= uploaded["someone/plain"]
+    assert not any(name.endswith(".py") for name in uploaded["someone/plain"])
+    assert {f"{name}.py" for name in shipped_files()} <= uploaded["someone/code"]
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_saving_and_loading_keeps_every_bit(tmp_path, shards):
     model = tiny(dtype=torch.float32, ttt_layer_type="mlp", tie_word_embeddings=False, **BACKBONES["mamba"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_ttt import TTTConfig, TTTForCausalLM, TTTModel
@@ -178,3 +179,19 @@ def test_nothing_is_left_behind_on_the_module(model):
     assert cache_distance(first.past_key_values, second.past_key_values) == 0
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert attributes == {name: set(vars(module)) for name, module in model.named_modules()}
+
+
+def test_offloaded_weights_give_the_same_outputs(tmp_path):
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        expected = tiny(**BACKBONES["mamba"])(ids)
+        for offload in (
+            lambda m: cpu_offload(m, execution_device=torch.device("cpu")),
+            lambda m: disk_offload(m, tmp_path),
+        ):
+            model = tiny(**BACKBONES["mamba"])
+            offload(model)
+            assert model.model.layers[0].seq_modeling_block.W1.device.type == "meta"
+            out = model(ids)
+            assert torch.equal(out.logits, expected.logits)
+            assert cache_distance(out.past_key_values, expected.past_key_values) == 0
