@@ -60,7 +60,7 @@ class TTTPreConv(nn.Module):
 
 
 class TTTBlock(GradientCheckpointingLayer):
-    """A block of the model; the state of its TTT layer is read from and stored in its layer of the cache."""
+    """A block of the model; the state of its TTT layer is read from its layer of the cache."""
 
     def __init__(self, config: TTTConfig, layer_idx: int):
         super().__init__()
@@ -78,12 +78,11 @@ class TTTBlock(GradientCheckpointingLayer):
         grid: TokenGrid,
         rotary: tuple[Tensor, Tensor],
         past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
         lr_mult: Tensor | None = None,
         output_plasticity: bool = True,
         output_ttt_stats: bool = False,
-    ) -> tuple[Tensor, Tensor | None, TTTStats | None]:
-        """[B, T, C] -> ([B, T, C], plasticity [B, H, T], statistics)."""
+    ) -> tuple[Tensor, Tensor | None, TTTStats | None, dict[str, Tensor] | None]:
+        """[B, T, C] -> ([B, T, C], plasticity [B, H, T], statistics, state tensors to store if there is a cache)."""
         grid = grid.to(hidden_states.device)
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         past = None if layer is None else layer.tensors
@@ -96,7 +95,4 @@ class TTTBlock(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + mixed
         hidden_states = hidden_states + self.mlp(self.ffn_norm(hidden_states))
-        if layer is not None and use_cache is not False:
-            position, seen = grid.advanced()
-            layer.store(state | tails | {"position": position, "seen": seen}, grid.length)
-        return hidden_states, plasticity, stats
+        return hidden_states, plasticity, stats, None if layer is None else state | tails

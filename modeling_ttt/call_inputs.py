@@ -10,7 +10,7 @@ from .configuration_ttt import TTTConfig
 from .token_grid import TokenGrid
 from .ttt_cache import check_state
 
-__all__ = ["build_grid", "expand_lr_mult", "layer_lr_mults", "prepare_cache"]
+__all__ = ["build_grid", "expand_lr_mult", "layer_lr_mults", "prepare_cache", "refuse_unknown"]
 
 
 def prepare_cache(cache: Cache | None, config: TTTConfig, batch: int) -> Cache | None:
@@ -36,7 +36,18 @@ def prepare_cache(cache: Cache | None, config: TTTConfig, batch: int) -> Cache |
             )
         if layer.tensors:
             check_state(layer.tensors, config, f"layer {i}", batch)
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    if len(lengths) > 1:
+        raise ValueError(f"the layers of past_key_values have read different numbers of tokens: {sorted(lengths)}")
     return cache
+
+
+def refuse_unknown(kwargs: dict) -> None:
+    """Raise TypeError for misspelt arguments of this model, which would otherwise be ignored."""
+    unknown = sorted(name for name in kwargs if name.startswith(("ttt_", "output_ttt", "output_plast", "reset")))
+    if unknown:
+        known = ["output_plasticity", "output_ttt_stats", "reset_at", "ttt_lr_mult"]
+        raise TypeError(f"forward got unknown arguments {unknown}; the inner loop knows {known}")
 
 
 def build_grid(
@@ -54,14 +65,14 @@ def build_grid(
     Raises:
         ValueError: the shape of an argument does not fit the call.
     """
-    real = _real_tokens(attention_mask, shape)
-    border = _borders(reset_at, input_ids, shape)
-    if attention_mask is None and position_ids is not None and position_ids.shape[-1] == shape[1] > 1:
-        # The packed-sequence convention of Transformers: positions that start again are a new document.
-        restart = torch.zeros(shape, dtype=torch.bool, device=device)
-        restart[:, 1:] = (position_ids[..., 1:] <= position_ids[..., :-1]).to(device)
-        border = restart if border is None else border | restart
     past = cache.layers[0].tensors if cache is not None else {}
+    columns = cache.get_seq_length() if cache is not None else 0
+    real = _real_tokens(attention_mask, shape, columns)
+    border = _borders(reset_at, input_ids, shape)
+    if position_ids is not None:
+        restart = _restarts(position_ids, shape, columns)
+        if attention_mask is None and restart is not None:
+            border = restart.to(device) if border is None else border.to(device) | restart.to(device)
     return TokenGrid(
         shape,
         config.mini_batch_size,
@@ -98,6 +109,7 @@ def layer_lr_mults(config: TTTConfig, lr_mult: Tensor | None, grid: TokenGrid) -
 
     `frozen_layers`, `frozen_heads` and `frozen_from` of the configuration multiply what the caller passes.
     """
+    config.validate_freezing()  # these fields are meant to be set on a live model
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     mults: list[Tensor | None] = [None] * layers
     if lr_mult is not None:
@@ -120,19 +132,31 @@ def layer_lr_mults(config: TTTConfig, lr_mult: Tensor | None, grid: TokenGrid) -
     return mults
 
 
-def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """[B, T] bool of the call's own tokens from a mask over them or over all tokens so far."""
+def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, int], columns: int) -> Tensor | None:
+    """[B, T] bool of the call's own tokens from a mask over them or over all tokens with `columns` in the cache."""
     if attention_mask is None:
         return None
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(f"attention_mask must be a tensor [batch, tokens] = {list(shape)}, got {got}")
-    if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
-        raise ValueError(
-            f"attention_mask must be [batch, tokens] = {list(shape)} (or longer on the left, with the tokens in the "
-            f"cache), got {list(attention_mask.shape)}"
-        )
-    return attention_mask[:, attention_mask.shape[1] - shape[1] :] != 0
+    got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+    lengths = (shape[1], columns + shape[1])
+    if not isinstance(got, list) or len(got) != 2 or got[0] != shape[0] or got[1] not in lengths:
+        cached = f" (or with the {columns} columns of the cache on the left)" if columns else ""
+        raise ValueError(f"attention_mask must be a tensor [batch, tokens] = {list(shape)}{cached}, got {got}")
+    return attention_mask[:, -shape[1] :] != 0
+
+
+def _restarts(position_ids: Tensor, shape: tuple[int, int], columns: int) -> Tensor | None:
+    """[B, T] bool of the first tokens of documents by their positions, None if there is none.
+
+    A position that does not increase starts a document, and position 0 does so at the first token of a call.
+    """
+    if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in (tuple(shape), (1, shape[1])):
+        got = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
+        raise ValueError(f"position_ids must be [batch or 1, tokens] = {list(shape)}, got {got}")
+    restart = torch.zeros(position_ids.shape, dtype=torch.bool, device=position_ids.device)
+    restart[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
+    if columns:
+        restart[:, 0] = position_ids[:, 0] == 0
+    return restart.expand(shape)
 
 
 def _borders(reset_at, input_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
@@ -146,6 +170,6 @@ def _borders(reset_at, input_ids: Tensor | None, shape: tuple[int, int]) -> Tens
     if input_ids is None:
         raise ValueError("reset_at as token ids needs input_ids; with inputs_embeds pass a bool mask [batch, tokens]")
     ids = torch.as_tensor([reset_at] if isinstance(reset_at, int) else reset_at, device=input_ids.device)
-    if ids.is_floating_point() or ids.dim() > 1:
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 1:
         raise ValueError(f"reset_at must be token ids or a bool mask [batch, tokens], got {reset_at!r}")
     return torch.isin(input_ids, ids)

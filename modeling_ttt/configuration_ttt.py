@@ -1,5 +1,6 @@
 """Configuration of a TTT language model (arXiv 2407.04620)."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -111,7 +112,7 @@ class TTTConfig(PreTrainedConfig):
     pre_conv: bool = False
     conv_kernel: int = 4
     ttt_layer_type: str = "linear"
-    ttt_base_lr: float | None = None
+    ttt_base_lr: float | int | None = None
     mini_batch_size: int = 16
     ttt_backend: str = "auto"
     output_plasticity: bool = True
@@ -128,8 +129,7 @@ class TTTConfig(PreTrainedConfig):
             known = sorted(f for f in self.__dataclass_fields__ if f.startswith(("ttt_", "frozen_")))
             raise ValueError(f"unknown configuration keys {unknown}; the inner loop knows {known}")
         if self.frozen_heads is not None:
-            # JSON has no integer keys.
-            self.frozen_heads = {int(layer): list(heads) for layer, heads in self.frozen_heads.items()}
+            self.frozen_heads = _integer_keys(self.frozen_heads)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -189,23 +189,48 @@ class TTTConfig(PreTrainedConfig):
             raise ValueError(f"ttt_layer_type must be one of {sorted(INNER_NETS)}, got {self.ttt_layer_type!r}")
         if self.ttt_backend not in ("auto", "chunked", "reference"):
             raise ValueError(f"ttt_backend must be 'auto', 'chunked' or 'reference', got {self.ttt_backend!r}")
-        if self.ttt_base_lr is not None and self.ttt_base_lr < 0:
-            raise ValueError(f"ttt_base_lr must not be negative, got {self.ttt_base_lr}")
+        if self.ttt_base_lr is not None and not 0 <= self.ttt_base_lr < math.inf:
+            raise ValueError(f"ttt_base_lr must be finite and not negative, got {self.ttt_base_lr}")
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range must not be negative, got {self.initializer_range}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id must lie in 0..{self.vocab_size - 1}, got {self.pad_token_id}")
+        theta = (self.rope_parameters or {}).get("rope_theta")
+        if theta is not None and not theta > 0:
+            raise ValueError(f"rope_theta must be positive, got {theta}")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default":
             raise ValueError(f"rope_parameters['rope_type'] must be 'default', got {rope_type!r}")
-        self._validate_freezing()
+        self.validate_freezing()
 
-    def _validate_freezing(self) -> None:
-        layers, heads = range(self.num_hidden_layers), range(self.num_attention_heads)
-        bad = [layer for layer in self.frozen_layers or [] if layer not in layers]
+    def validate_freezing(self) -> None:
+        """Check `frozen_layers`, `frozen_heads` and `frozen_from`; called on every forward pass.
+
+        Raises:
+            ValueError: one of them names a layer or head the model has not, or is of another form.
+        """
+        layers, heads = self.num_hidden_layers, self.num_attention_heads
+        chosen = self.frozen_layers or []
+        bad = [layer for layer in chosen if not _is_index(layer, layers)]
         if bad:
-            raise ValueError(f"frozen_layers must lie in 0..{len(layers) - 1}, got {bad}")
-        for layer, chosen in (self.frozen_heads or {}).items():
-            if layer not in layers:
-                raise ValueError(f"the layers of frozen_heads must lie in 0..{len(layers) - 1}, got {layer}")
-            bad = [head for head in chosen if head not in heads]
+            raise ValueError(f"frozen_layers must lie in 0..{layers - 1}, got {bad}")
+        for layer, frozen in (self.frozen_heads or {}).items():
+            if not _is_index(layer, layers):
+                raise ValueError(f"the layers of frozen_heads must be integers in 0..{layers - 1}, got {layer!r}")
+            bad = [head for head in frozen if not _is_index(head, heads)]
             if bad:
-                raise ValueError(f"the heads of frozen_heads must lie in 0..{len(heads) - 1}, got {bad}")
-        if self.frozen_from is not None and self.frozen_from < 0:
-            raise ValueError(f"frozen_from must not be negative, got {self.frozen_from}")
+                raise ValueError(f"the heads of frozen_heads must lie in 0..{heads - 1}, got {bad}")
+        if self.frozen_from is not None and not (isinstance(self.frozen_from, int) and self.frozen_from >= 0):
+            raise ValueError(f"frozen_from must not be negative, got {self.frozen_from!r}")
+
+
+def _is_index(value: Any, size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
+
+
+def _integer_keys(frozen_heads: dict) -> dict[int, list[int]]:
+    """JSON has no integer keys."""
+    try:
+        return {int(layer): list(heads) for layer, heads in frozen_heads.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"frozen_heads must be {{layer: [heads]}}, got {frozen_heads!r}") from error

@@ -13,18 +13,7 @@ from torch import Tensor
 from .inner_net import Weights, forward_chain
 from .objective import reconstruction_loss
 
-__all__ = ["STAT_NAMES", "step_stats", "target_dispersion"]
-
-STAT_NAMES = (
-    "inner_grad_norm",
-    "lr",
-    "step_norm",
-    "target_dispersion",
-    "loss_init",
-    "loss_before",
-    "loss_after",
-    "state_drift",
-)
+__all__ = ["step_stats", "target_dispersion"]
 
 
 def step_stats(step, weights: Weights, rows: Weights, before: Tensor, after: Tensor, slot: int, index: int):
@@ -52,12 +41,12 @@ def target_dispersion(target: Tensor, real: Tensor | None) -> Tensor:
 
 def _drift(weights: Weights, initial: Weights) -> Tensor:
     """[N, 1] Frobenius norm of W - W_0 over all maps and biases."""
-    squares = [
-        (new - first).square().flatten(1).sum(1, keepdim=True)
+    differences = [
+        (new - first).flatten(1)
         for pair, start in zip(weights, initial, strict=True)
         for new, first in zip(pair, start, strict=True)
     ]
-    return torch.stack(squares).sum(0).sqrt()
+    return torch.linalg.vector_norm(torch.cat(differences, 1), dim=1, keepdim=True)
 
 
 def _step_norm(rows: Weights, tau: Tensor, slot: int, columns: int) -> Tensor:
@@ -71,4 +60,5 @@ def _step_norm(rows: Weights, tau: Tensor, slot: int, columns: int) -> Tensor:
     change = torch.diff(tau[:slots], prepend=tau.new_zeros(1))
     factor = change[:, None].expand(slots, slots).tril(-1) + torch.diag(tau[:slots])  # [reader, writer]
     squared = ((factor @ gram) * factor).sum(-1)[:, slot : slot + columns]
-    return squared.clamp(min=0).sqrt()
+    moved = squared > 0  # rounding can leave a square just below zero; the root has no slope at zero
+    return torch.where(moved, squared, 1).sqrt() * moved

@@ -1,5 +1,7 @@
 """TTT language models for Transformers (arXiv 2407.04620): the base model and the causal language model."""
 
+from functools import wraps
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -13,7 +15,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .block import TTTBlock, TTTRMSNorm
-from .call_inputs import build_grid, expand_lr_mult, layer_lr_mults, prepare_cache
+from .call_inputs import build_grid, expand_lr_mult, layer_lr_mults, prepare_cache, refuse_unknown
 from .configuration_ttt import TTTConfig
 from .rotary import rotary_table
 from .short_conv import ShortConv
@@ -80,7 +82,7 @@ class TTTPreTrainedModel(PreTrainedModel):
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
-@auto_docstring
+@auto_docstring(custom_intro="The TTT model without a head: from token ids to hidden states and plasticity.")
 class TTTModel(TTTPreTrainedModel):
     def __init__(self, config: TTTConfig):
         super().__init__(config)
@@ -113,12 +115,14 @@ class TTTModel(TTTPreTrainedModel):
             input_ids: Token ids, [B, T]; or `inputs_embeds` [B, T, C].
             attention_mask: [B, T] or with the tokens of the cache on the left. A masked token never writes and never
                 counts: a left-padded, a right-padded and an unpadded row give the same results.
-            position_ids: [B, T] or [1, T]; without an attention_mask, a position that does not increase marks the
-                first token of a new document, which starts from W_0. Otherwise it changes nothing.
-            past_key_values: The state to go on from; any split of a sequence into calls gives the same results.
-            use_cache: Whether to return the state (default: the configuration).
-            ttt_lr_mult: Factor of the inner learning rate, broadcastable to [B, L, H, T], differentiable. 0 keeps a
-                token from writing, 1 is the model as it is.
+            position_ids: [B, T] or [1, T]; without an attention_mask, a position that does not increase (and 0 at the
+                start of a call) marks the first token of a new document, which starts from W_0. Otherwise it changes
+                nothing.
+            past_key_values: The state to go on from; any split of a sequence into calls gives the same results. It is
+                advanced whatever `use_cache` says, and left as it was when the call fails.
+            use_cache: Whether to return the state, making one if none was passed (default: the configuration).
+            ttt_lr_mult: Factor of the inner learning rate, broadcastable to [B, L, H, T]; differentiable (under
+                gradient checkpointing with `use_reentrant=False`). 0 keeps a token from writing, 1 changes nothing.
             output_plasticity: Whether to return the plasticity of every token (default: the configuration, True).
             output_ttt_stats: Whether to return the diagnostics of the inner loop (default: the configuration, False).
             reset_at: The first tokens of new documents, as token ids or as a bool mask [B, T]: state, mini-batch and
@@ -127,6 +131,7 @@ class TTTModel(TTTPreTrainedModel):
         Raises:
             ValueError: an argument does not fit the call or the model; the message names it.
         """
+        refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -155,22 +160,28 @@ class TTTModel(TTTPreTrainedModel):
         theta, dtype = config.rope_parameters["rope_theta"], scan_dtype(inputs_embeds.dtype)
         table = rotary_table(config.mini_batch_size, config.head_dim, theta, dtype, device)
         rotary = (table[0][grid.slot], table[1][grid.slot])  # [B or 1, T, f/2]
-        hidden_states, plasticity, stats = inputs_embeds, [], []
+        hidden_states, plasticity, stats, states = inputs_embeds, [], [], []
         for layer, lr_mult in zip(self.layers[: config.num_hidden_layers], lr_mults, strict=True):
-            hidden_states, layer_plasticity, layer_stats = layer(
+            hidden_states, layer_plasticity, layer_stats, state = layer(
                 hidden_states,
                 grid=grid,
                 rotary=rotary,
                 past_key_values=past_key_values,
-                use_cache=use_cache,
                 lr_mult=lr_mult,
                 output_plasticity=output_plasticity,
                 output_ttt_stats=output_ttt_stats,
             )
             plasticity.append(layer_plasticity)
             stats.append(layer_stats)
+            states.append(state)
+        hidden_states = self.norm(hidden_states)
+        if past_key_values is not None:
+            # Only now, so that a call that fails leaves the cache as it was.
+            position, seen = grid.advanced()
+            for cache_layer, state in zip(past_key_values.layers, states, strict=True):
+                cache_layer.store(state | {"position": position, "seen": seen}, length)
         return TTTModelOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
             plasticity=tuple(plasticity) if output_plasticity else None,
             ttt_stats=tuple(stats) if output_ttt_stats else None,
@@ -189,7 +200,7 @@ class TTTModel(TTTPreTrainedModel):
         return cache, bool(use_cache)
 
 
-@auto_docstring
+@auto_docstring(custom_intro="The TTT model with a language-model head: next-token logits and per-token plasticity.")
 class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -271,8 +282,12 @@ class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
             ttt_stats=outputs.ttt_stats,
         )
 
+    @wraps(GenerationMixin.generate)
     def generate(self, inputs=None, *args, ttt_lr_mult: Tensor | None = None, **kwargs):
         """`GenerationMixin.generate`; `ttt_lr_mult` must not depend on the token: its last dimension is 1.
+
+        A row that ends before its neighbours is fed pad tokens until they end, as in any model, and here it learns
+        from them: go on from the returned state of a batch only with rows that ended together, or generate them one by one.
 
         Raises:
             ValueError: `ttt_lr_mult` has a token axis, which cannot hold for tokens not generated yet.
@@ -284,6 +299,8 @@ class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
             )
             batch = 1 if prompt is None else prompt.shape[0]
             heads, layers = self.config.num_attention_heads, self.config.num_hidden_layers
+            if not isinstance(ttt_lr_mult, Tensor):
+                raise TypeError(f"ttt_lr_mult must be a tensor, got {type(ttt_lr_mult).__name__}")
             if ttt_lr_mult.dim() > 0 and ttt_lr_mult.shape[-1] != 1:
                 raise ValueError(
                     "in generate, ttt_lr_mult holds for every token: its last dimension must be 1, "

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
-
 from .scan_chunked import scan_chunked
 from .scan_chunked import unsupported as chunked_unsupported
 from .scan_reference import scan_reference
@@ -33,6 +31,4 @@ def scan(inputs: ScanInputs, backend: str = "auto") -> ScanOutput:
     reason = unsupported(inputs)
     if reason is not None:
         raise ValueError(f"ttt_backend {backend!r} cannot serve this call: {reason}")
-    # Autocast would round the inner loop to half precision.
-    with torch.autocast(inputs.q.device.type, enabled=False):
-        return run(inputs)
+    return run(inputs)

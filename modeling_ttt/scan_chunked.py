@@ -35,7 +35,7 @@ def scan_chunked(inputs: ScanInputs) -> ScanOutput:
     final_rows = None
     collected: dict[str, list[Tensor]] = {}
     for index, (slot, columns) in enumerate(grid.mini_batches()):
-        if grid.reset is not None:
+        if grid.resets and grid.resets[index]:
             weights = step.reset(weights, grid.reset[:, index])
         reads, rows = step.read(weights, open_rows, slot, columns, index)
         for name, value in reads.items():
@@ -67,7 +67,6 @@ class _Step:
         self.valid = None
         if not grid.uniform:
             self.valid = [part.repeat_interleave(self.heads, 0)[..., None] for part in grid.valid.split(sizes, 1)]
-        self.lasts = set() if grid.last is None else set(grid.last.tolist())
 
     def _cut(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
         """[B, H, columns, ...] -> one contiguous [N, n, ...] per mini-batch."""
@@ -79,8 +78,6 @@ class _Step:
 
     def reset(self, weights: Weights, rows: Tensor) -> Weights:
         """Start the marked batch rows, [B] bool, from W_0."""
-        if not bool(rows.any()):
-            return weights
         mark = self._per_head(rows, 3)
         return [
             tuple(torch.where(mark, new, old) for new, old in zip(first, pair, strict=True))
@@ -145,10 +142,10 @@ class _Step:
                 return [_folded(pair, row, tau) for pair, row in zip(weights, rows, strict=True)], None
             return weights, [tuple(F.pad(t, (0, 0, 0, size - filled)) for t in row) for row in rows]
         complete = self._per_head(self.grid.complete[:, index], 3)
-        if filled == size and bool(complete.any()):
+        if filled == size and self.grid.commits[index]:
             committed = [(x, g * complete) for x, g in rows]
             weights = [_folded(pair, row, tau) for pair, row in zip(weights, committed, strict=True)]
-        if index in self.lasts:
+        if index in self.grid.ends:
             ends = self._per_head(self.grid.last == index, 3)
             padded = [tuple(F.pad(t, (0, 0, 0, size - filled)) for t in row) for row in rows]
             kept = kept or [tuple(torch.zeros_like(t) for t in row) for row in padded]
@@ -174,7 +171,7 @@ class _Step:
         if inputs.want_plasticity:
             plasticity = inputs.tau[-1] * inputs.lr.abs() * norm
             if grid.real is not None:
-                plasticity = plasticity * grid.real[:, None]
+                plasticity = plasticity.masked_fill(~grid.real[:, None], 0)
         stats = joined
         if inputs.want_stats:
             stats["inner_grad_norm"] = norm

@@ -36,6 +36,7 @@ class TokenGrid:
         has_open_rows: some row continues in the middle of a mini-batch.
         complete, reset: [B, M] bool per packed mini-batch: it is full (commits); it starts a document (from W_0).
         last: [B] int64, the mini-batch that holds the row's last real token (0 if it has none in this call).
+        commits, resets: per packed mini-batch, whether any row commits or starts a document.  ends: values of `last`.
     """
 
     def __init__(self, shape, mini_batch_size, device, real=None, border=None, position=None, seen=None):
@@ -64,7 +65,7 @@ class TokenGrid:
             return self
         if device not in self._elsewhere:
             twin = copy.copy(self)
-            on_cpu = ("position", "seen")
+            on_cpu = ("position", "seen", "_advanced")
             for name, value in vars(self).items():
                 if isinstance(value, Tensor) and name not in on_cpu:
                     setattr(twin, name, value.to(device))
@@ -115,7 +116,7 @@ class TokenGrid:
         """(position, seen) after this call, [B] int64 on the CPU."""
         if self.uniform:
             return self.position + self.length, self.seen + self.length
-        return self._position_after.cpu(), self.seen + self._count.cpu()
+        return self._advanced
 
     def windows(self, kernel: int) -> tuple[Tensor, Tensor]:
         """Sources of a causal window of `kernel` tokens that skips masked tokens and stops at document borders.
@@ -135,6 +136,7 @@ class TokenGrid:
         steps = torch.arange(self.length, device=self.device)
         self.slot = ((start + steps) % self.mini_batch_size)[None]  # [1, T]
         self.complete = self.reset = self.last = self.valid = None
+        self.resets, self.ends = [], set()
 
     def _place_ragged(self) -> None:
         batch, length, size = self.batch, self.length, self.mini_batch_size
@@ -160,21 +162,24 @@ class TokenGrid:
         last_position = torch.where(real, position, -1).gather(1, self._last_real(real))[:, 0]
         self._position_after = torch.where(self._count > 0, last_position + 1, start[:, 0])
         self.last = torch.where(self._count > 0, mini_batch.gather(1, self._last_real(real))[:, 0], 0)
-        self._build_pack(real, column)
-        self._build_flags(real, mini_batch, start[:, 0] % size)
         self.has_open_rows = bool(open_at_start.any())
+        # A row without a token in this call keeps its open writes: the packed columns must cover their slots.
+        kept_slots = torch.where(self._count > 0, 0, start[:, 0] % size)
+        self._build_pack(real, column, int(kept_slots.max()))
+        self._build_flags(real, mini_batch, start[:, 0] % size)
+        self._advanced = (self._position_after.cpu(), self.seen + self._count.cpu())
 
     def _last_real(self, real: Tensor) -> Tensor:
         """[B, 1] index of the last real token (0 if there is none)."""
         steps = torch.arange(self.length, device=self.device)
         return torch.where(real, steps, 0).amax(1, keepdim=True)
 
-    def _build_pack(self, real: Tensor, column: Tensor) -> None:
+    def _build_pack(self, real: Tensor, column: Tensor, kept_slots: int) -> None:
         far = torch.iinfo(torch.long).max
         self.phase = min(int(torch.where(real, column, far).min()), self.mini_batch_size - 1)
         if not bool(real.any()):
             self.phase = 0
-        self.width = int(column.max()) + 1 - self.phase
+        self.width = max(int(column.max()) + 1, kept_slots) - self.phase
         self._column = (column - self.phase).clamp(min=0)
         spare = torch.where(real, self._column, self.width)  # masked tokens go to a column that is cut off
         steps = torch.arange(self.length, device=self.device).expand(self.batch, -1)
@@ -195,6 +200,10 @@ class TokenGrid:
         if self.border is not None:
             self.reset.scatter_(1, torch.where(self.border, mini_batch, count), True)
         self.reset = self.reset[:, :count]
+        # Answers the scan needs on the host, fetched once per call and not once per layer and mini-batch.
+        self.commits = self.complete.any(0).tolist()
+        self.resets = self.reset.any(0).tolist()
+        self.ends = set(self.last.tolist())
 
     def _build_windows(self, kernel: int) -> tuple[Tensor, Tensor]:
         tail, zero_row = kernel - 1, kernel - 1 + self.length

@@ -132,9 +132,7 @@ def clone_cache(cache: Cache) -> Cache:
             twin.layers.append(layer.clone())
             continue
         other = copy.copy(layer)
-        for name, value in vars(layer).items():
-            if isinstance(value, Tensor):
-                setattr(other, name, value.detach().clone())
+        vars(other).update({name: _detached(value) for name, value in vars(layer).items()})
         twin.layers.append(other)
     return twin
 
@@ -205,3 +203,14 @@ def check_state(tensors: dict[str, Tensor], config, where: str, batch: int | Non
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         shown = {name: (found.get(name), expected.get(name)) for name in wrong}
         raise ValueError(f"past_key_values is the state of another model ({where}); (found, expected): {shown}")
+
+
+def _detached(value):
+    """A copy of tensors, also inside dictionaries and lists; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_detached(item) for item in value)
+    return value

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_ttt import TTTConfig
 from .inner_stats import target_dispersion
@@ -69,46 +70,48 @@ class TTTLayer(nn.Module):
         the inner learning rate. Returns the mixed states [B, T, C], the new state tensors, plasticity and statistics.
         """
         q, k, v, tails = self._project(hidden_states, grid, past)
+        # Autocast would round the inner loop to half precision.
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            readout, output, stats = self._inner_loop(
+                q, k, v, hidden_states, grid, rotary, past, lr_mult, output_plasticity, output_ttt_stats
+            )
+        mixed = self._output(readout, hidden_states)
+        return mixed, output.state.to_tensors() | tails, output.plasticity if output_plasticity else None, stats
+
+    def _inner_loop(self, q, k, v, hidden_states, grid, rotary, past, lr_mult, output_plasticity, output_ttt_stats):
+        """Write and read every token: the read-out [B, H, T, f], the scan's output and the statistics."""
         dispersion = target_dispersion(v - k, grid.real) if output_ttt_stats else None
         q, k = self.tap_q(rotate(q, *rotary)), self.tap_k(rotate(k, *rotary))
         lr = self.tap_lr(self._learning_rate(hidden_states, lr_mult, q.dtype)[..., None])[..., 0]  # [B, H, T]
-        want_gradients = _is_hooked(self.tap_inner_grad)
-        output = scan(
-            ScanInputs(
-                net=self.config.inner_net,
-                q=q,
-                k=k,
-                v=v,
-                lr=lr,
-                tau=self.token_rate(q.dtype),
-                ln_weight=self.ttt_norm_weight.to(q.dtype),
-                ln_bias=self.ttt_norm_bias.to(q.dtype),
-                initial_weights=[
-                    (getattr(self, weight).to(q.dtype), getattr(self, bias).to(q.dtype))
-                    for weight, bias in self.config.inner_net.parameter_names
-                ],
-                state=self._past_state(past, q.dtype),
-                grid=grid,
-                want_plasticity=output_plasticity,
-                want_stats=output_ttt_stats,
-                want_gradients=want_gradients,
-            ),
-            self.config.ttt_backend,
+        ln_weight, ln_bias = self.ttt_norm_weight.to(q.dtype), self.ttt_norm_bias.to(q.dtype)
+        inputs = ScanInputs(
+            net=self.config.inner_net,
+            q=q,
+            k=k,
+            v=v,
+            lr=lr,
+            tau=self.token_rate(q.dtype),
+            ln_weight=ln_weight,
+            ln_bias=ln_bias,
+            initial_weights=[
+                tuple(getattr(self, name).to(q.dtype) for name in names)
+                for names in self.config.inner_net.parameter_names
+            ],
+            state=self._past_state(past, q.dtype),
+            grid=grid,
+            want_plasticity=output_plasticity,
+            want_stats=output_ttt_stats,
+            want_gradients=_is_hooked(self.tap_inner_grad),
         )
-        if want_gradients and self.tap_inner_grad(output.gradients) is not output.gradients:
+        output = scan(inputs, self.config.ttt_backend)
+        if inputs.want_gradients and self.tap_inner_grad(output.gradients) is not output.gradients:
             raise ValueError("tap_inner_grad is for reading: a hook returned something else; edit ttt_lr_mult instead")
-        readout = q + self.ttt_norm_weight[:, None] * unit_layer_norm(output.z) + self.ttt_norm_bias[:, None]
-        mixed = self._output(self.tap_readout(readout), hidden_states)
+        readout = self.tap_readout(q + ln_weight[:, None] * unit_layer_norm(output.z) + ln_bias[:, None])
         stats = None
         if output_ttt_stats:
-            real = 1 if grid.real is None else grid.real[:, None]
-            stats = TTTStats(**output.stats, lr=lr * real, target_dispersion=dispersion)
-        return (
-            mixed,
-            output.state.to_tensors() | tails,
-            output.plasticity if output_plasticity else None,
-            stats,
-        )
+            shown = lr if grid.real is None else lr.masked_fill(~grid.real[:, None], 0)
+            stats = TTTStats(**output.stats, lr=shown, target_dispersion=dispersion)
+        return readout, output, stats
 
     def token_rate(self, dtype: torch.dtype) -> Tensor:
         """tau [K]: the factor of every position in the mini-batch, max(0, 1 / (j + 1) + learnable)."""
@@ -145,8 +148,8 @@ class TTTLayer(nn.Module):
     def _past_state(self, past: dict[str, Tensor] | None, dtype: torch.dtype) -> TTTState | None:
         if not past:
             return None
-        floating = {name: t.to(dtype) for name, t in past.items() if name[0] in "Wbxg"}
-        return TTTState.from_tensors(floating, self.config.inner_net.depth)
+        depth = self.config.inner_net.depth
+        return TTTState.from_tensors({name: past[name].to(dtype) for name in TTTState.tensor_names(depth)}, depth)
 
     def _output(self, readout: Tensor, hidden_states: Tensor) -> Tensor:
         """Norm over all heads, gate and output projection, [B, H, T, f] -> [B, T, C]."""

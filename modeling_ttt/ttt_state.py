@@ -34,7 +34,8 @@ class TTTState:
         """W_0 for every row and an empty mini-batch. `initial_weights` holds (W [H, in, out], b [H, 1, out])."""
         weights, rows = [], []
         for weight, bias in initial_weights:
-            weights.append(tuple(p.to(dtype).expand(batch, *p.shape) for p in (weight, bias)))
+            # Copies: a state must never share storage with the parameters.
+            weights.append(tuple(p.to(dtype).repeat(batch, *[1] * p.dim()) for p in (weight, bias)))
             heads, width_in, width_out = weight.shape
             shape = (batch, heads, mini_batch_size)
             rows.append(tuple(weight.new_zeros(*shape, n, dtype=dtype) for n in (width_in, width_out)))
@@ -46,6 +47,11 @@ class TTTState:
         for i, ((weight, bias), (x, g)) in enumerate(zip(self.weights, self.rows, strict=True), start=1):
             named |= {f"W{i}": weight, f"b{i}": bias, f"x{i}": x, f"g{i}": g}
         return named
+
+    @staticmethod
+    def tensor_names(depth: int) -> list[str]:
+        """Names of the tensors of a net of `depth` maps, as in `to_tensors`."""
+        return [f"{letter}{i}" for i in range(1, depth + 1) for letter in "Wbxg"]
 
     @classmethod
     def from_tensors(cls, named: dict[str, Tensor], depth: int) -> "TTTState":

@@ -71,6 +71,7 @@ def test_base_learning_rate_follows_the_inner_net():
     assert TTTConfig().base_lr == 1.0
     assert TTTConfig(ttt_layer_type="mlp").base_lr == 0.1
     assert TTTConfig(ttt_layer_type="mlp", ttt_base_lr=0.5).base_lr == 0.5
+    assert TTTConfig(ttt_base_lr=1).base_lr == 1
 
 
 def test_configuration_round_trips_through_json(tmp_path):
@@ -94,7 +95,13 @@ def test_configuration_round_trips_through_json(tmp_path):
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive"),
         ({"ttt_backend": "cuda"}, "ttt_backend must be"),
         ({"mini_batch_size": 0}, "mini_batch_size must be at least 1, got 0"),
-        ({"ttt_base_lr": -1.0}, "ttt_base_lr must not be negative"),
+        ({"ttt_base_lr": -1.0}, "ttt_base_lr must be finite and not negative"),
+        ({"ttt_base_lr": float("nan")}, "ttt_base_lr must be finite"),
+        ({"initializer_range": -1.0}, "initializer_range must not be negative"),
+        ({"rope_theta": 0.0}, "rope_theta must be positive"),
+        ({"pad_token_id": 32000}, r"pad_token_id must lie in 0\.\.31999, got 32000"),
+        ({"frozen_heads": {0: 1}}, "frozen_heads must be"),
+        ({"frozen_heads": {"a": [1]}}, "frozen_heads must be"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
     ],
     ids=str,

@@ -104,10 +104,32 @@ def test_generate_takes_a_multiplier_without_token_axis(model):
 
 def test_frozen_options_survive_saving_and_saving_them_warns(tmp_path, caplog):
     model = tiny(frozen_layers=[1], frozen_heads={0: [1]}, frozen_from=7)
-    with caplog.at_level("WARNING"):
-        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert "the saved configuration freezes inner weights: {'frozen_layers': [1]" in caplog.text
     loaded = TTTForCausalLM.from_pretrained(tmp_path).config
     assert (loaded.frozen_layers, loaded.frozen_heads, loaded.frozen_from) == ([1], {0: [1]}, 7)
+    caplog.clear()
+    tiny().save_pretrained(tmp_path)
+    assert "freezes" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"frozen_layers": [-1]},
+        {"frozen_layers": [7]},
+        {"frozen_heads": {"0": [0]}},
+        {"frozen_heads": {5: [0]}},
+        {"frozen_from": -5},
+    ],
+    ids=str,
+)
+def test_bad_freezing_set_on_a_live_model_is_refused(bad):
+    model = tiny()
+    for name, value in bad.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        model(tokens(1, 3))
 
 
 @pytest.mark.parametrize(

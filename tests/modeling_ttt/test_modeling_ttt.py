@@ -92,15 +92,14 @@ def test_gradient_checkpointing_changes_no_gradient(model, reentrant):
         model.train()(ids, past_key_values=cache)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_gradients_of_both_backends_agree_with_padding(model, backend):
+def test_gradients_of_both_backends_agree_with_padding(model):
     ids, mask = tokens(2, 11), torch.ones(2, 11)
     mask[1, :4] = 0
     labels = ids.masked_fill(mask == 0, -100)
     model(ids, attention_mask=mask, labels=labels).loss.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    model.config.ttt_backend = backend
+    model.config.ttt_backend = "reference"
     model(ids, attention_mask=mask, labels=labels).loss.backward()
     assert distance([p.grad for p in model.parameters()], expected) < 1e-10
 
@@ -119,8 +118,12 @@ def test_half_precision_keeps_the_inner_loop_in_float32(model):
     scale = exact.std()
     assert (plain.logits.double() - reference).pow(2).mean().sqrt() < 0.05 * scale
     single = rounded.float()
+    seen = []
+    single.model.layers[0].seq_modeling_block.tap_lr.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = single(ids)
+        out = single(ids, output_ttt_stats=True)
+    assert seen == [torch.float32]
+    assert {value.dtype for value in out.ttt_stats[0].values()} == {torch.float32}
     state = out.past_key_values.layers[0].tensors
     assert {t.dtype for name, t in state.items() if name[0] in "Wbxg"} == {torch.float32}
     assert (out.logits.double() - reference).pow(2).mean().sqrt() < 0.05 * scale
@@ -143,13 +146,22 @@ def test_training_lowers_the_loss(model):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"attention_mask": torch.ones(2, 5)}, ValueError, r"attention_mask must be \[batch, tokens\] = \[2, 9\]"),
+        (
+            {"attention_mask": torch.ones(2, 5)},
+            ValueError,
+            r"must be a tensor \[batch, tokens\] = \[2, 9\], got",
+        ),
         ({"attention_mask": torch.ones(3, 9)}, ValueError, r"got \[3, 9\]"),
         ({"attention_mask": torch.ones(2, 1, 9, 9)}, ValueError, "attention_mask must be a tensor"),
         ({"ttt_lr_mult": torch.ones(3, 1, 1, 9)}, ValueError, r"ttt_lr_mult must be broadcastable .* \[2, 2, 2, 9\]"),
         ({"ttt_lr_mult": torch.ones(1, 1, 1, 1, 9)}, ValueError, "broadcastable"),
         ({"ttt_lr_mult": 0.5}, TypeError, "ttt_lr_mult must be a tensor, got float"),
         ({"labels": torch.ones(2, 8, dtype=torch.long)}, ValueError, r"labels must be .* got \[2, 8\]"),
+        ({"attention_mask": torch.ones(2, 12)}, ValueError, r"attention_mask must be .* got \[2, 12\]"),
+        ({"position_ids": torch.arange(8)[None]}, ValueError, r"position_ids must be .* got \[1, 8\]"),
+        ({"position_ids": torch.zeros(3, 2, 9)}, ValueError, "position_ids must be"),
+        ({"ttt_lr_mul": torch.ones(1)}, TypeError, r"unknown arguments \['ttt_lr_mul'\]"),
+        ({"reset_at": True}, ValueError, "reset_at must be token ids or a bool mask"),
         ({"reset_at": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "reset_at as a mask"),
         ({"reset_at": torch.ones(2, 9)}, ValueError, "reset_at must be token ids or a bool mask"),
         ({"inputs_embeds": torch.ones(2, 9, 32)}, ValueError, "exactly one of input_ids and inputs_embeds"),
@@ -166,6 +178,33 @@ def test_no_tokens_and_token_ids_without_input_ids_are_refused():
         tiny()(torch.zeros(2, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="reset_at as token ids needs input_ids"):
         tiny()(inputs_embeds=torch.ones(2, 9, 32, dtype=torch.float64), reset_at=1)
+
+
+def test_stats_have_finite_gradients(model):
+    out = model(tokens(1, 9), output_ttt_stats=True)
+    sum(value.sum() for stats in out.ttt_stats for value in stats.values()).backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_what_stands_at_masked_positions_never_matters():
+    model = tiny(**BACKBONES["mamba"])
+    embeds = model.model.embed_tokens(tokens(1, 9))
+    mask = torch.ones(1, 9)
+    mask[0, :3] = 0
+    expected = model(inputs_embeds=embeds, attention_mask=mask)
+    embeds[0, :3] = float("nan")
+    out = model(inputs_embeds=embeds, attention_mask=mask)
+    assert torch.equal(out.logits[0, 3:], expected.logits[0, 3:])
+    assert all(torch.equal(a, b) for a, b in zip(out.plasticity, expected.plasticity, strict=True))
+
+
+def test_meta_device_and_generated_docs():
+    with torch.device("meta"):
+        model = TTTForCausalLM(tiny().config)
+        assert model(torch.zeros(2, 9, dtype=torch.long)).logits.shape == (2, 9, 64)
+    for documented in (TTTModel, TTTForCausalLM):
+        assert "bare None" not in documented.__doc__ and "The None" not in documented.__doc__
 
 
 def test_nothing_is_left_behind_on_the_module(model):

@@ -52,7 +52,7 @@ def own(values, mask, row, dim):
     return values[row].movedim(dim - 1, 0)[mask[row].bool()]
 
 
-ROWS = [tokens(1, n, seed=n)[0] for n in (37, 5, 16, 1)]
+ROWS = [tokens(1, n, seed=n)[0] for n in (37, 6, 15, 1, 16)]
 
 
 @pytest.mark.parametrize("cuts", [[], [11], [3, 20, 21], [32]], ids=str)
@@ -88,7 +88,7 @@ def test_rows_at_different_phases_go_on_together():
     model = tiny(ttt_layer_type="mlp", **BACKBONES["mamba"])
     ids, mask = padded(ROWS, "left", 40)
     _, _, cache = read_in_pieces(model, ids, [], mask)
-    more = tokens(4, 9, seed=7)
+    more = tokens(len(ROWS), 9, seed=7)
     for cuts in ([], [1, 2, 3], [5]):
         _, _, fresh = read_in_pieces(model, ids, [], mask)
         logits, plasticity, _ = read_in_pieces(model, more, cuts, cache=fresh)
@@ -110,6 +110,60 @@ def test_a_row_without_real_tokens_keeps_its_state():
     for old, layer in zip(before, cache.layers, strict=True):
         assert all(torch.equal(old[n][1], layer.tensors[n][1]) for n in old)
         assert not torch.equal(old["W1"][0], layer.tensors["W1"][0])
+
+
+@torch.no_grad()
+def test_a_row_that_waits_keeps_its_open_writes():
+    model = tiny(ttt_layer_type="mlp", **BACKBONES["mamba"])
+    rows = [tokens(1, n, seed=n)[0] for n in (7, 9)]  # 7 = 3 mod 4: three open writes
+    ids, mask = padded(rows, "right", 9)
+    for cuts in ([8], [7], [7, 8]):
+        _, _, cache = read_in_pieces(model, ids, cuts, mask)
+        alone = read_in_pieces(model, rows[0][None], [])[2]
+        for got, want in zip(cache.layers, alone.layers, strict=True):
+            assert max(distance(got.tensors[n][:1].double(), want.tensors[n].double()) for n in got.tensors) < 1e-10
+    before = read_in_pieces(model, ids, [], mask)[2]
+    after = read_in_pieces(model, ids, [], mask)[2]
+    nothing = torch.cat([mask, torch.zeros(2, 3, dtype=torch.long)], 1)
+    model(tokens(2, 3), attention_mask=nothing, past_key_values=after)
+    assert cache_distance(before, after) == 0
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_both_backends_agree_on_random_masks_borders_and_splits(seed):
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (1,), generator=rng))
+
+    batch, length = draw(1, 4), draw(1, 14)
+    edges = {"mini_batch_size": 1, "conv_kernel": 1} if seed % 5 == 0 else {"mini_batch_size": draw(2, 6)}
+    model = tiny(ttt_layer_type="mlp" if seed % 2 else "linear", **{**BACKBONES["mamba"], **edges})
+    if seed % 3 == 0:
+        model.config.frozen_from = draw(0, 9)
+    ids = tokens(batch, length, seed=seed)
+    mask = (torch.rand(batch, length, generator=rng) < 0.7).long()
+    border = torch.rand(batch, length, generator=rng) < 0.15
+    cuts = sorted({draw(0, length) for _ in range(draw(0, 4))} - {0})
+    results = {}
+    for backend in ("chunked", "reference"):
+        model.config.ttt_backend = backend
+        cache, logits, start = None, [], 0
+        for end in [*cuts, length] if backend == "chunked" else [length]:
+            with torch.no_grad():
+                out = model(
+                    ids[:, start:end],
+                    attention_mask=mask[:, start:end],
+                    reset_at=border[:, start:end],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            logits.append(out.logits)
+            cache, start = out.past_key_values, end
+        results[backend] = torch.cat(logits, 1)[mask.bool()], cache
+    if results["chunked"][0].numel():
+        assert distance(results["chunked"][0], results["reference"][0]) < 1e-10
+    assert cache_distance(results["chunked"][1], results["reference"][1]) < 1e-10
 
 
 def test_rows_do_not_see_each_other():
@@ -156,13 +210,15 @@ def test_documents_packed_with_borders_equal_separate_documents(backend):
         assert distance(model(ids, position_ids=positions).logits, alone) < 1e-10
         unchanged = model(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits
         assert distance(unchanged, model(ids).logits) < 1e-10
-    split, _, cache = [], [], None
-    for start, end in ((0, 8), (8, 13), (13, 23)):
-        with torch.no_grad():
-            out = model(ids[:, start:end], reset_at=starts[:, start:end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        split.append(out.logits)
-    assert distance(torch.cat(split, 1), alone) < 1e-10
+    for name, marks in (("reset_at", starts), ("position_ids", positions)):
+        split, cache = [], None
+        for start, end in ((0, 7), (7, 8), (8, 13), (13, 23)):  # the first cut lies on a border
+            with torch.no_grad():
+                piece = {name: marks[:, start:end]}
+                out = model(ids[:, start:end], past_key_values=cache, use_cache=True, **piece)
+            cache = out.past_key_values
+            split.append(out.logits)
+        assert distance(torch.cat(split, 1), alone) < 1e-10
 
 
 def test_borders_with_padding_and_rows_of_their_own():

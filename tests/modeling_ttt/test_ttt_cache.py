@@ -182,3 +182,51 @@ def test_gradients_flow_through_a_carried_state(model):
     for a, b in zip(whole_grads, split_grads, strict=True):
         assert (a is None) == (b is None)
         assert a is None or distance(a, b) < 1e-9
+
+
+@torch.no_grad()
+def test_a_state_never_shares_storage_with_the_parameters(model):
+    for length in (1, 3, 4, 9):
+        cache = model(tokens(1, length), use_cache=True).past_key_values
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        stored = {t.untyped_storage().data_ptr() for layer in cache.layers for t in layer.tensors.values()}
+        assert not parameters & stored
+
+
+@torch.no_grad()
+def test_a_cache_passed_in_advances_even_when_none_is_asked_back(model):
+    cache = DynamicCache(config=model.config)
+    out = model(tokens(1, 6), past_key_values=cache, use_cache=False)
+    assert out.past_key_values is None and cache.get_seq_length() == 6
+
+
+@torch.no_grad()
+def test_a_call_that_fails_half_way_leaves_the_cache_as_it_was(model):
+    _, _, cache = read_in_pieces(model, tokens(2, 6), [])
+    before = clone_cache(cache)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens(2, 5), past_key_values=cache)
+    hook.remove()
+    assert cache_distance(cache, before) == 0 and cache.get_seq_length() == 6
+    cache.layers[1].length += 1
+    with pytest.raises(ValueError, match="different numbers of tokens"):
+        model(tokens(2, 5), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_an_early_finished_row_goes_on_alone(model):
+    """In a batch, `generate` feeds pad tokens to a row that has ended: its state is no longer that of its text."""
+    ids = tokens(2, 7)
+    plain = generate(model, ids)
+    stop = int(plain[0, 9])  # the third new token of row 0
+    out = generate(model, ids, eos_token_id=stop, return_dict_in_generate=True)
+    ended = int((out.sequences[0, 7:] == stop).nonzero()[0]) + 8
+    text = torch.cat([out.sequences[:1, :ended], tokens(1, 4, seed=5)], 1)
+    alone = generate(model, out.sequences[:1, :ended], new=1, return_dict_in_generate=True)
+    resumed = generate(model, text, past_key_values=alone.past_key_values)
+    assert torch.equal(resumed, generate(model, text))

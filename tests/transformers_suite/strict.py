@@ -2,6 +2,7 @@
 
 import functools
 import unittest
+from typing import ClassVar
 from unittest import mock
 
 from transformers.models.auto import modeling_auto
@@ -19,6 +20,7 @@ class StrictTests:
     """
 
     ttt_layer_type = "linear"
+    backbone: ClassVar[dict] = {}
     # The mixins of the suite declare it abstract.
     model_tester = None
     all_model_classes = TTTModelTester.all_model_classes
@@ -32,7 +34,7 @@ class StrictTests:
     def setUp(self):
         super().setUp()
         self.skipped_a_part = False
-        self.model_tester = TTTModelTester(self, self.ttt_layer_type)
+        self.model_tester = TTTModelTester(self, self.ttt_layer_type, self.backbone)
         names = {"MODEL_MAPPING_NAMES": "TTTModel", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "TTTForCausalLM"}
         for table, name in names.items():
             self._patch(mock.patch.dict(getattr(modeling_auto, table), {TTTModelTester.config_class.model_type: name}))

@@ -1,4 +1,4 @@
-"""The common model tests of Transformers pass for TTTModel and TTTForCausalLM with each inner net."""
+"""The common model tests of Transformers pass for TTTModel and TTTForCausalLM with each inner net and backbone."""
 
 import unittest
 
@@ -37,6 +37,11 @@ class TestMLP(_ModelTests, unittest.TestCase):
     ttt_layer_type = "mlp"
 
 
+class TestMambaBackbone(_ModelTests, unittest.TestCase):
+    ttt_layer_type = "linear"
+    backbone = {"share_qk": True, "pre_conv": True, "use_gate": True}
+
+
 @pytest.mark.slow
 class TestTraining(StrictTests, TrainingTesterMixin, unittest.TestCase):
     pass
@@ -53,7 +58,7 @@ class TestFSDP(StrictTests, FSDPTesterMixin, unittest.TestCase):
         """Processes of the gloo backend may share a core."""
 
 
-SUITES = (TestLinear, TestMLP, TestTraining, TestTensorParallel, TestFSDP)
+SUITES = (TestLinear, TestMLP, TestMambaBackbone, TestTraining, TestTensorParallel, TestFSDP)
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -28,9 +28,10 @@ class TTTModelTester:
     num_attention_heads = 4
     mini_batch_size = 4
 
-    def __init__(self, parent, ttt_layer_type):
+    def __init__(self, parent, ttt_layer_type, backbone=None):
         self.parent = parent
         self.ttt_layer_type = ttt_layer_type
+        self.backbone = backbone or {}
 
     def config_values(self):
         """The fields that differ from the defaults."""
@@ -46,6 +47,7 @@ class TTTModelTester:
             "pad_token_id": 0,
             "bos_token_id": 1,
             "eos_token_id": 2,
+            **self.backbone,
         }
 
     def get_config(self):
