@@ -287,7 +287,7 @@ class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
         """`GenerationMixin.generate`; `ttt_lr_mult` must not depend on the token: its last dimension is 1.
 
         A row that ends before its neighbours is fed pad tokens until they end, as in any model, and here it learns
-        from them: go on from the returned state of a batch only with rows that ended together, or generate them one by one.
+        from them: go on from the returned state of a batch only with rows that ended together, or generate one by one.
 
         Raises:
             ValueError: `ttt_lr_mult` has a token axis, which cannot hold for tokens not generated yet.
