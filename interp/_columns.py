@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 
 from interp.bucketing import BUCKET_NAMES
-from interp.resampling import Bootstrap, interval
+from interp.resampling import Blocks, Bootstrap, interval
 
 POOLED = -1
 
 
 def check_arrays(plasticity: Any, layers: Sequence[int] | None, **vectors: Any) -> list[Any]:
-    """Plasticity as float64 [N, L], the layer indices, and the integer vectors [N] as they come.
+    """Give plasticity as float64 [N, L], the layer indices, and the integer vectors [N] as they come.
 
     Raises ValueError or TypeError that names the array.
     """
@@ -26,7 +26,7 @@ def check_arrays(plasticity: Any, layers: Sequence[int] | None, **vectors: Any) 
 
 
 def check_vector(name: str, values: Any, tokens: int, *, integers: bool = True) -> np.ndarray:
-    """A vector with one entry per token, int64 or float64."""
+    """Give a vector with one entry per token, int64 or float64."""
     values = np.asarray(values)
     if values.shape != (tokens,):
         raise ValueError(f"{name} must have one entry per token ({tokens}), got shape {values.shape}")
@@ -41,22 +41,27 @@ def check_vector(name: str, values: Any, tokens: int, *, integers: bool = True) 
 
 
 def layer_columns(plasticity: np.ndarray, layers: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Each layer's index and values [N], then `POOLED` and the root of the sum of squares over the layers."""
+    """Give each layer's index and values [N], then `POOLED` and `pooled_plasticity`."""
     for column, layer in enumerate(layers):
         yield layer, plasticity[:, column]
-    yield POOLED, np.sqrt(np.square(plasticity).sum(axis=1))
+    yield POOLED, pooled_plasticity(plasticity)
 
 
-def log_positive(values: np.ndarray) -> np.ndarray:
-    """Natural logarithm, NaN for values not above 0."""
-    return np.log(values, where=values > 0, out=np.full(values.shape, np.nan))
+def pooled_plasticity(plasticity: np.ndarray) -> np.ndarray:
+    """Pool the layers of [N, L]: the root of the sum of squares over its columns, float64 [N]."""
+    return np.sqrt(np.square(plasticity, dtype=np.float64).sum(axis=1))
 
 
 def with_intervals(columns: dict[str, tuple[Any, np.ndarray, Any]], boot: Bootstrap) -> dict[str, Any]:
-    """{name: (value, draws [n_boot, ...], blocks used)} as columns name, name_low, name_high."""
+    """Turn {name: (value, draws [n_boot, ...], blocks used)} into columns name, name_low, name_high."""
     table = {}
     for name, (value, draws, used) in columns.items():
         bounds = interval(draws, used, boot.confidence)
         for suffix, entry in zip(("", "_low", "_high"), (value, *bounds), strict=True):
             table[name + suffix] = entry if np.ndim(entry) else float(entry)
     return table
+
+
+def provenance(blocks: Blocks, used: Any, boot: Bootstrap) -> dict[str, Any]:
+    """Give the columns that say where the intervals of a row come from: unit, blocks, documents, confidence."""
+    return {"unit": blocks.unit, "blocks": used, "documents": blocks.documents, "confidence": boot.confidence}

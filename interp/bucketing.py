@@ -1,17 +1,27 @@
-"""Labels every token as syntax, retrieval, novelty or other, from the text alone."""
+"""Label every token as syntax, retrieval, novelty or other, from the text alone."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from interp.files import read_text
 from interp.words import NUMBER, TokenTable, Words, find_words, normalise
 
-__all__ = ["BUCKET_NAMES", "Bucket", "StopList", "TokenBuckets", "bucket_tokens", "load_stop_words"]
+__all__ = [
+    "BUCKET_NAMES",
+    "Bucket",
+    "StopList",
+    "TokenBuckets",
+    "bucket_tokens",
+    "bundled_stop_lists",
+    "load_stop_words",
+]
 
 
 class Bucket(IntEnum):
@@ -27,12 +37,13 @@ class Bucket(IntEnum):
     OTHER = 3
 
 
+_STOP_WORDS = Path(__file__).parent / "stop_words"
 BUCKET_NAMES = tuple(bucket.name for bucket in Bucket)
 
 
 @dataclass(frozen=True)
 class StopList:
-    """Words that count as SYNTAX, normalised, with name, version (None unless bundled) and sha256."""
+    """Words that count as SYNTAX, normalised, with name, version (None unless the file names one) and sha256."""
 
     name: str
     version: str | None
@@ -61,7 +72,7 @@ def bucket_tokens(
     ids: Any,
     tokenizer: Any,
     *,
-    stop_words: str | Iterable[str] | StopList = "en",
+    stop_words: str | os.PathLike | Iterable[str] | StopList = "en",
     numbers: str = "content",
     min_lag: int = 0,
     doc_ids: Any = None,
@@ -75,7 +86,7 @@ def bucket_tokens(
     Args:
         ids: token ids [T].
         tokenizer: a fast Transformers tokenizer, a `tokenizers.Tokenizer`, or a `TokenTable` of one.
-        stop_words: name of a bundled list ("en"), any iterable of words, or a `StopList`.
+        stop_words: as for `load_stop_words`.
         numbers: "content" (numbers are retrieval or novelty) or "other".
         min_lag: in tokens; the mini-batch size demands an occurrence in an earlier mini-batch.
         doc_ids: integers [T], equal within a document. Without them a document begins at the start, at each
@@ -112,18 +123,29 @@ def bucket_tokens(
     return TokenBuckets(labels, word_id, words.is_start, meta)
 
 
-def load_stop_words(stop_words: str | Iterable[str] | StopList) -> StopList:
-    """Load a bundled stop list by its language code, or make one of any iterable of words.
+def bundled_stop_lists() -> list[str]:
+    """Name the stop lists that come with the package, by their language codes."""
+    return sorted(file.stem for file in _STOP_WORDS.iterdir() if file.suffix == ".txt")
 
-    The sha256 is that of the file, or of the sorted normalised words of an iterable joined by line feeds.
-    Raises ValueError for an unknown name and TypeError for anything else.
+
+def load_stop_words(stop_words: str | os.PathLike | Iterable[str] | StopList) -> StopList:
+    """Load a stop list: a bundled one by its language code, a file by its path, or any iterable of words.
+
+    A file holds one word per line; lines that begin with # are comments, and the first may end in "version X".
+    The sha256 is that of the text of the file, or of the sorted normalised words of an iterable joined by line
+    feeds. Raises ValueError for an unknown name and a file that cannot be read, TypeError for anything else.
     """
     if isinstance(stop_words, StopList):
         return stop_words
     if isinstance(stop_words, str):
-        return _bundled(stop_words)
+        names = bundled_stop_lists()
+        if stop_words not in names:
+            raise ValueError(f"stop_words must be a path, words or one of {names}, got {stop_words!r}")
+        return _read_stop_list(_STOP_WORDS / f"{stop_words}.txt", stop_words)
+    if isinstance(stop_words, os.PathLike):
+        return _read_stop_list(Path(stop_words), Path(stop_words).name)
     if not isinstance(stop_words, Iterable) or isinstance(stop_words, bytes):
-        raise TypeError(f"stop_words must be a name or an iterable of words, got {type(stop_words).__name__}")
+        raise TypeError(f"stop_words must be a name, a path or an iterable of words, got {type(stop_words).__name__}")
     words = list(stop_words)
     for word in words:
         if not isinstance(word, str):
@@ -133,17 +155,16 @@ def load_stop_words(stop_words: str | Iterable[str] | StopList) -> StopList:
     return StopList("custom", None, digest, normal)
 
 
-def _bundled(name: str) -> StopList:
-    folder = resources.files("interp") / "stop_words"
-    names = sorted(file.name.removesuffix(".txt") for file in folder.iterdir() if file.name.endswith(".txt"))
-    if name not in names:
-        raise ValueError(f"stop_words must be an iterable of words or one of {names}, got {name!r}")
-    data = (folder / f"{name}.txt").read_bytes()
-    first, *lines = data.decode().splitlines()
-    words = (line.strip() for line in lines)
-    version = first.rpartition("version ")[2]
-    normal = frozenset(normalise(word) for word in words if word and not word.startswith("#"))
-    return StopList(name, version, hashlib.sha256(data).hexdigest(), normal)
+def _read_stop_list(file: Path, name: str) -> StopList:
+    text = read_text(file)
+    lines = [line.strip() for line in text.splitlines()]
+    words = [line for line in lines if line and not line.startswith("#")]
+    several = next((word for word in words if len(word.split()) > 1), None)
+    if several is not None:
+        raise ValueError(f"stop list {str(file)!r} must hold one word per line, got {several!r}")
+    first = lines[0] if lines and lines[0].startswith("#") else ""
+    version = first.rpartition("version ")[2] if "version " in first else None
+    return StopList(name, version, hashlib.sha256(text.encode()).hexdigest(), frozenset(map(normalise, words)))
 
 
 def _documents(ids: np.ndarray, table: TokenTable, doc_ids: Any) -> np.ndarray:

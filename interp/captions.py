@@ -1,6 +1,4 @@
-"""Titles and captions of the figures, computed from the tables: they say what the numbers say, in either
-direction.
-"""
+"""Titles and captions of the figures, computed from the tables, which they follow in either direction."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -9,19 +7,37 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from interp.tables import POOLED, UNFROZEN, BucketTables, PerplexityTables, SurprisalTables, TimeTables
+from interp.tables import (
+    ALL_TOKENS,
+    POOLED,
+    UNFROZEN,
+    WORD_STARTS,
+    BucketTables,
+    PerplexityTables,
+    SurprisalTables,
+    TimeTables,
+)
+from interp.wording import (
+    count_of,
+    excludes,
+    format_interval,
+    format_number,
+    format_share,
+    freezing_label,
+    scope_of,
+    token_label,
+)
 
 __all__ = [
     "Caption",
     "bucket_caption",
-    "excludes",
-    "format_interval",
-    "format_number",
-    "freezing_label",
+    "find_contrast",
     "heatmap_caption",
     "perplexity_caption",
     "surprisal_caption",
 ]
+
+_CONTENT = ["NOVELTY", "RETRIEVAL", "SYNTAX"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,7 @@ class Caption:
 
 
 def heatmap_caption(data: TimeTables) -> Caption:
-    """Which layers write most and least, and how the start of the documents compares with the rest."""
+    """Say which layers write most and least, and how the start of the documents compares with the rest."""
     table = data.plasticity
     weighted = (table["plasticity"] * table["tokens"]).groupby(table["layer"]).sum()
     means = weighted / table.groupby("layer")["tokens"].sum()
@@ -50,10 +66,10 @@ def heatmap_caption(data: TimeTables) -> Caption:
     width = int((table["stop"] - table["start"]).max())
     drop = data.decay[(data.decay["layer"] == POOLED) & (data.decay["comparison"] == "first/last")]
     if len(drop) and math.isfinite(drop["ratio"].iloc[0]):
-        title += f"; {_first_against(drop.iloc[0])}"
+        title += f"; in {_first_against(drop.iloc[0])}"
     text = [
         f"Mean plasticity per layer in columns of {width} tokens, averaged over "
-        f"{_count(table['documents'].max(), 'document')}.",
+        f"{count_of(table['documents'].max(), 'document')}.",
         f"{title}.",
     ]
     if len(active):
@@ -71,13 +87,13 @@ def heatmap_caption(data: TimeTables) -> Caption:
 
 
 def surprisal_caption(data: SurprisalTables) -> Caption:
-    """Correlation of surprisal and plasticity at the lag drawn, with its interval, and what other lags and
-    controls give.
-    """
+    """Give the correlation of surprisal and plasticity at the lag drawn, and at other lags and with controls."""
     pooled = data.correlation[data.correlation["layer"] == POOLED].set_index("lag")
     row = pooled.loc[data.lag]
     pearson = f"r = {row['pearson_log']:.2f} {format_interval(row, 'pearson_log', digits=2)}"
-    title = f"Surprisal of token {_token(data.lag)} against plasticity of token t: {pearson} on logs (lag {data.lag})"
+    title = (
+        f"Surprisal of token {token_label(data.lag)} against plasticity of token t: {pearson} on logs (lag {data.lag})"
+    )
     if not math.isfinite(row["pearson_log"]):
         title = f"Surprisal against plasticity (lag {data.lag}): correlation not defined"
     text = [
@@ -90,60 +106,58 @@ def surprisal_caption(data: SurprisalTables) -> Caption:
             f"Among tokens at like positions in document and mini-batch: r = {controlled} "
             f"({_direction(row, 'partial')})."
         )
-    others = [f"lag {lag}: {other['pearson_log']:.2f}" for lag, other in pooled.iterrows() if lag != data.lag]
+    others = [
+        f"token {token_label(lag)} r = {other['pearson_log']:.2f}"
+        for lag, other in pooled.iterrows()
+        if lag != data.lag
+    ]
     if others:
-        text.append(f"With the surprisal of another token: r = {', '.join(others)}.")
+        text.append(f"With the surprisal of {', '.join(others)}.")
     layers = data.correlation[(data.correlation["layer"] != POOLED) & (data.correlation["lag"] == data.lag)]
     if len(layers) > 1:
-        text.append(
-            "Layer by layer: "
-            + ", ".join(f"{int(entry['layer'])}: {entry['pearson_log']:.2f}" for _, entry in layers.iterrows())
-            + "."
-        )
-    text.append(f"Intervals: 95%, {row['unit']} resampled.")
+        single = (f"layer {int(entry['layer'])} r = {entry['pearson_log']:.2f}" for _, entry in layers.iterrows())
+        text.append(f"Layer by layer: {', '.join(single)}.")
+    text.append(_intervals(row))
     return Caption(title, " ".join(text))
 
 
 def bucket_caption(data: BucketTables) -> Caption:
-    """Which bucket writes most over all layers pooled, and whether the intervals exclude no difference."""
-    pooled = data.means[data.means["layer"] == POOLED].set_index("bucket")
-    pairs = data.contrasts[data.contrasts["layer"] == POOLED]
+    """Say which bucket writes most at like positions, all layers pooled; speak only of pairs told apart."""
+    pooled = data.means[(data.means["layer"] == POOLED) & (data.means["tokens"] == ALL_TOKENS)].set_index("bucket")
+    contrasts = data.contrasts[data.contrasts["tokens"] == ALL_TOKENS]
+    pairs = contrasts[contrasts["layer"] == POOLED]
     order = list(_rank_buckets(pairs, pooled.index[pooled["count"] > 0]))
     if len(order) < 2:
         title = "Fewer than two buckets hold tokens with plasticity: nothing to compare"
         return Caption(title, f"{title}.")
-    top, second, last = order[0], order[1], order[-1]
-    lead, span = _contrast(pairs, top, second), _contrast(pairs, top, last)
-    number = int(pairs["apart"].sum())
-    if number == 0:
-        title = "No two buckets can be told apart (all layers pooled)"
-    elif lead["apart"]:
-        title = f"{top} writes most: {_times(lead)} {second}, the next{_adjusted(lead)} (all layers pooled)"
-    elif span["apart"]:
-        title = f"{top} and {second} cannot be told apart; {top} writes {_times(span)} {last} (all layers pooled)"
-    else:
-        title = (
-            f"{number} of {len(pairs)} pairs of buckets can be told apart, but not {top} from {second} or {last} "
-            "(all layers pooled)"
-        )
-    text = [f"{title}.", f"Geometric means, from largest: {', '.join(order)}.", *_pair_sentences(pairs)]
+    top = order[0]
+    title = _bucket_title(pairs, order)
+    text = [
+        f"{title}.",
+        f"At like positions, from largest geometric mean: {', '.join(order)}.",
+        *_pair_sentences(pairs),
+    ]
+    text += _word_start_sentences(data)
     empty = list(pooled.index[pooled["count"] == 0])
     if empty:
         text.append(f"Without tokens: {', '.join(empty)}.")
-    layers = data.contrasts[data.contrasts["layer"] != POOLED]
+    if pooled["reference"].iloc[0] != "SYNTAX":
+        text.append(f"Drawn relative to {pooled['reference'].iloc[0]}, as no token is SYNTAX.")
+    layers = contrasts[contrasts["layer"] != POOLED]
     if layers["layer"].nunique() > 1:
         tops = [next(_rank_buckets(rows, order), None) for _, rows in layers.groupby("layer")]
-        text.append(f"{top} is the largest in {tops.count(top)} of {len(tops)} single layers.")
-    unit = data.means["unit"].iloc[0]
+        text.append(f"{top} is the largest in {tops.count(top)} of {len(tops)} single layers, at like positions.")
+    confidence = format_share(pooled["confidence"].iloc[0])
     text.append(
-        f"Intervals: 95% each, {unit} resampled; two buckets count as told apart when that holds at 95% for all six "
-        "pairs together."
+        "Hollow markers compare tokens at like positions in document and mini-batch. Two buckets count as told apart "
+        f"when their ratio there excludes 1 at {confidence} for all six pairs together."
     )
+    text.append(_intervals(pooled.iloc[0], each=True))
     return Caption(title, " ".join(text))
 
 
 def perplexity_caption(data: PerplexityTables) -> Caption:
-    """What freezing costs on the same tokens, per configuration, and on the answers if there are some."""
+    """Say what freezing costs on the same tokens, per configuration, and on the answers if there are some."""
     base = data.effects[data.effects["configuration"] == UNFROZEN].iloc[0]
     frozen = data.effects[data.effects["configuration"] != UNFROZEN]
     answers = None if data.answers is None else data.answers.set_index("configuration")
@@ -151,11 +165,13 @@ def perplexity_caption(data: PerplexityTables) -> Caption:
     if frozen.empty:
         title += "; no freezing configuration was run"
     else:
-        largest = frozen.loc[frozen["delta"].abs().idxmax()]
+        certain = frozen[frozen.apply(excludes, axis=1, args=("delta", 0.0))]
+        shown = frozen if certain.empty else certain
+        largest = shown.loc[shown["delta"].abs().idxmax()]
         title += f"; {_cost(largest)}"
         if answers is not None:
             title += f", on the answers it {_change_of_loss(answers.loc[largest['configuration']])}"
-    text = [f"{title}.", *(f"{_upper(_cost(row))}: {_cost_verdict(row)}." for _, row in frozen.iterrows())]
+    text = [f"{title}.", *(f"{_upper(_cost(row))}{_cost_verdict(row)}." for _, row in frozen.iterrows())]
     text.append(f"Every configuration reads the same {int(base['count']):,} tokens.")
     if data.curve["documents"].min() < data.curve["documents"].max():
         text.append("Documents differ in length, so later windows rest on fewer of them.")
@@ -163,74 +179,13 @@ def perplexity_caption(data: PerplexityTables) -> Caption:
         number, loss = int(answers["count"].iloc[0]), answers["mean_loss"].loc[UNFROZEN]
         text.append(f"On the {number:,} answer tokens the loss is {loss:.2f} nats with nothing frozen.")
         for name, row in answers.drop(index=UNFROZEN).iterrows():
-            text.append(f"There freezing {freezing_label(name)} {_change_of_loss(row)}: {_cost_verdict(row)}.")
-    text.append(f"Intervals: 95%, {base['unit']} resampled, differences paired.")
+            text.append(f"There freezing {freezing_label(name)} {_change_of_loss(row)}{_cost_verdict(row)}.")
+    text.append(f"Differences are paired. {_intervals(base)}")
     return Caption(title, " ".join(text))
 
 
-def format_number(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
-def format_interval(row: pd.Series, name: str, *, digits: int | None = None) -> str:
-    """`[low, high]` of the columns `name_low` and `name_high`, or a remark that there is none."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return "[no interval: too little data]"
-    if digits is None:
-        return f"[{format_number(low)}, {format_number(high)}]"
-    return f"[{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def freezing_label(name: str) -> str:
-    """A freezing configuration in words: `all` and lists of layers are spelt out, other names stay."""
-    if name == "all":
-        return "all layers"
-    return f"layers {name}" if name.replace(",", "").replace("-", "").isdigit() else name
-
-
-def excludes(row: pd.Series, name: str, value: float) -> bool:
-    """Whether the interval of `name` lies wholly on one side of `value`; False when there is no interval."""
-    return bool(row[f"{name}_low"] > value or row[f"{name}_high"] < value)
-
-
-def _decay_sentences(decay: pd.DataFrame) -> Iterator[str]:
-    for _, row in decay[decay["layer"] == POOLED].iterrows():
-        if not math.isfinite(row["ratio"]):
-            yield "The documents are too short, or nothing is written, to compare their first tokens with later ones."
-            return
-        yield f"Plasticity of all layers pooled: {_first_against(row)} of a document; {_change(row)}."
-    yield f"Intervals: 95%, {decay['unit'].iloc[0]} resampled."
-
-
-def _first_against(row: pd.Series) -> str:
-    n = int(row["tokens_first"] // max(1, row["documents"]))
-    other = f"the last {n}" if row["comparison"] == "first/last" else "the second half"
-    ratio = f"{format_number(row['ratio'])} {format_interval(row, 'ratio')}"
-    return f"in the first {n} tokens it is {ratio} times that in {other}"
-
-
-def _change(row: pd.Series) -> str:
-    if not excludes(row, "ratio", 1.0):
-        return "the interval does not exclude no change"
-    return "it falls" if row["ratio"] > 1 else "it rises"
-
-
-def _rank_buckets(pairs: pd.DataFrame, names: Iterable[str]) -> Iterator[str]:
-    """Buckets by their geometric mean, largest first; those without a defined ratio are left out."""
-    level = {}
-    names = list(names)
-    for name in names:
-        ratios = [_contrast(pairs, name, other)["ratio"] for other in names if other != name]
-        finite = [math.log(ratio) for ratio in ratios if math.isfinite(ratio) and ratio > 0]
-        if finite:
-            level[name] = sum(finite)
-    return iter(sorted(level, key=level.get, reverse=True))
-
-
-def _contrast(pairs: pd.DataFrame, a: str, b: str) -> pd.Series:
-    """The row of a against b, turned round if the table has b against a."""
+def find_contrast(pairs: pd.DataFrame, a: str, b: str) -> pd.Series:
+    """Find bucket a against b among the contrasts of one layer, turned round if there is only b against a."""
     found = pairs[(pairs["bucket_a"] == a) & (pairs["bucket_b"] == b)]
     if len(found):
         return found.iloc[0]
@@ -242,30 +197,111 @@ def _contrast(pairs: pd.DataFrame, a: str, b: str) -> pd.Series:
     return row
 
 
+def _intervals(row: pd.Series, *, each: bool = False) -> str:
+    """What the intervals are, and what they hold for."""
+    text = f"Intervals: {format_share(row['confidence'])}{' each' if each else ''}, {row['unit']} resampled."
+    return f"{text} {scope_of(row)}".strip()
+
+
+def _decay_sentences(decay: pd.DataFrame) -> Iterator[str]:
+    for _, row in decay[decay["layer"] == POOLED].iterrows():
+        if not math.isfinite(row["ratio"]):
+            yield "The documents are too short, or nothing is written, to compare their first tokens with later ones."
+            return
+        yield f"In {_first_against(row)} of a document; {_change(row)}."
+    yield _intervals(decay.iloc[0])
+
+
+def _first_against(row: pd.Series) -> str:
+    n = int(row["tokens_first"] // max(1, row["documents"]))
+    other = f"the last {n}" if row["comparison"] == "first/last" else "the second half"
+    ratio = f"{format_number(row['ratio'])} {format_interval(row, 'ratio')}"
+    return f"the first {n} tokens plasticity of all layers pooled is {ratio} times that in {other}"
+
+
+def _change(row: pd.Series) -> str:
+    if not excludes(row, "ratio", 1.0):
+        return "the interval does not exclude no change"
+    return "it falls" if row["ratio"] > 1 else "it rises"
+
+
+def _bucket_title(pairs: pd.DataFrame, order: list[str]) -> str:
+    """What the ratios at like positions say about buckets ordered from the largest."""
+    top, second, last = order[0], order[1], order[-1]
+    lead, span = find_contrast(pairs, top, second), find_contrast(pairs, top, last)
+    told, raw = int(pairs["adjusted_apart"].sum()), int(pairs["apart"].sum())
+    if told == 0 and raw == 0:
+        title = "No two buckets can be told apart"
+    elif told == 0:
+        title = (
+            f"Differences between buckets vanish at like positions: {raw} of {len(pairs)} pairs can be told apart "
+            "over all positions, none at like ones"
+        )
+    elif lead["adjusted_apart"]:
+        title = f"{top} writes most: {_times(lead, 'adjusted')} {second}, the next, at like positions"
+    elif span["adjusted_apart"]:
+        gap = _times(span, "adjusted")
+        title = f"{top} and {second} cannot be told apart; {top} writes {gap} {last} at like positions"
+    else:
+        title = (
+            f"{told} of {len(pairs)} pairs of buckets can be told apart at like positions, but not {top} from "
+            f"{second} or {last}"
+        )
+    return f"{title} (all layers pooled)"
+
+
+def _rank_buckets(pairs: pd.DataFrame, names: Iterable[str]) -> Iterator[str]:
+    """Buckets by geometric mean at like positions, largest first; those without a defined ratio are left out.
+
+    Where no two buckets share positions, all positions count.
+    """
+    level = {}
+    names = list(names)
+    value = "adjusted" if np.isfinite(pairs["adjusted"]).any() else "ratio"
+    for name in names:
+        ratios = [find_contrast(pairs, name, other)[value] for other in names if other != name]
+        finite = [math.log(ratio) for ratio in ratios if math.isfinite(ratio) and ratio > 0]
+        if finite:
+            level[name] = sum(finite) / len(finite)
+    return iter(sorted(level, key=level.get, reverse=True))
+
+
 def _pair_sentences(pairs: pd.DataFrame) -> Iterator[str]:
     for _, row in pairs.iterrows():
         if not math.isfinite(row["ratio"]):
             continue
-        larger = row if row["ratio"] >= 1 else _contrast(pairs, row["bucket_b"], row["bucket_a"])
-        verdict = "" if larger["apart"] else " (not told apart)"
-        yield f"{larger['bucket_a']} {_times(larger)} {larger['bucket_b']}{verdict}{_adjusted(larger)}."
+        larger = row if row["ratio"] >= 1 else find_contrast(pairs, row["bucket_b"], row["bucket_a"])
+        yield f"{larger['bucket_a']} {_times(larger)} {larger['bucket_b']} over all positions{_adjusted(larger)}."
 
 
 def _adjusted(row: pd.Series) -> str:
-    """The ratio among tokens at like positions, and what it changes about the verdict."""
+    """The ratio among tokens at like positions, and whether it tells the two apart."""
     if not math.isfinite(row["adjusted"]):
-        return ""
-    told = row["apart"]
-    remark = ""
-    if told and not excludes(row, "adjusted", 1.0):
-        remark = ", where no difference is not excluded"
-    elif told and (row["adjusted"] > 1) != (row["ratio"] > 1):
-        remark = ", where it is the other way round"
-    return f"; {row['adjusted']:.2f} {format_interval(row, 'adjusted', digits=2)} at like positions{remark}"
+        return ", at no like positions (not told apart)"
+    remark = "" if row["adjusted_apart"] else " (not told apart)"
+    if row["adjusted_apart"] and (row["adjusted"] > 1) != (row["ratio"] > 1):
+        remark = " (the other way round)"
+    return f", {row['adjusted']:.2f} {format_interval(row, 'adjusted', digits=2)} at like positions{remark}"
 
 
-def _times(row: pd.Series) -> str:
-    return f"{row['ratio']:.2f} {format_interval(row, 'ratio', digits=2)} times"
+def _word_start_sentences(data: BucketTables) -> Iterator[str]:
+    """The contrasts of NOVELTY on the first tokens of words, as new words are cut into more tokens."""
+    counts = data.means[data.means["layer"] == POOLED].pivot(index="tokens", columns="bucket", values="count")
+    pairs = data.contrasts[(data.contrasts["layer"] == POOLED) & (data.contrasts["tokens"] == WORD_STARTS)]
+    compared = []
+    for other in ("RETRIEVAL", "SYNTAX"):
+        row = find_contrast(pairs, "NOVELTY", other)
+        if math.isfinite(row["adjusted"]):
+            told = "" if row["adjusted_apart"] else ", not told apart"
+            compared.append(f"NOVELTY {_times(row, 'adjusted')} {other}{told}")
+    if compared:
+        length = (counts.loc[ALL_TOKENS] / counts.loc[WORD_STARTS].where(counts.loc[WORD_STARTS] > 0)).dropna()
+        words = ", ".join(f"{name} {length[name]:.2f}" for name in length.index.intersection(_CONTENT))
+        yield f"On first tokens of words (tokens per word: {words}), at like positions: {'; '.join(compared)}."
+
+
+def _times(row: pd.Series, name: str = "ratio") -> str:
+    return f"{row[name]:.2f} {format_interval(row, name, digits=2)} times"
 
 
 def _cost(row: pd.Series) -> str:
@@ -273,6 +309,9 @@ def _cost(row: pd.Series) -> str:
 
 
 def _change_of_loss(row: pd.Series) -> str:
+    if not excludes(row, "delta", 0.0):
+        change = f"{row['delta']:+.3f} nats {format_interval(row, 'delta', digits=3)}"
+        return f"changes the mean loss by {change}, which does not exclude no effect"
     direction = "raises" if row["delta"] >= 0 else "lowers"
     return f"{direction} the mean loss by {abs(row['delta']):.3f} nats {_absolute_interval(row)}"
 
@@ -287,23 +326,16 @@ def _absolute_interval(row: pd.Series) -> str:
 
 
 def _cost_verdict(row: pd.Series) -> str:
+    """The end of the sentence on a change whose interval excludes 0."""
     if not excludes(row, "delta", 0.0):
-        return "the interval does not exclude no effect"
-    return "worse without these writes" if row["delta"] > 0 else "better without these writes"
+        return ""
+    return ": worse without these writes" if row["delta"] > 0 else ": better without these writes"
 
 
 def _direction(row: pd.Series, name: str) -> str:
     if not excludes(row, name, 0.0):
         return "the interval does not exclude no relation"
     return f"more surprising tokens write {'more' if row[name] > 0 else 'less'}"
-
-
-def _token(lag: int) -> str:
-    return "t" if lag == 0 else f"t{-lag:+d}"
-
-
-def _count(number: float, noun: str) -> str:
-    return f"{int(number):,} {noun}{'' if int(number) == 1 else 's'}"
 
 
 def _layers(layers: list[int]) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from interp.bucketing import BUCKET_NAMES, Bucket
-from interp.captions import excludes, format_interval, format_number
 from interp.run_folder import Run, read_run
-from interp.statistics import DEFAULT_BOOTSTRAP, POOLED, Bootstrap, bucket_contrast, temporal_decay
+from interp.statistics import DEFAULT_BOOTSTRAP, POOLED, Bootstrap, adjusted_contrast, temporal_decay
+from interp.wording import count_of, excludes, format_interval, format_number, format_share
 
 __all__ = [
     "CheckResult",
@@ -57,13 +57,13 @@ def run_checks(
     require_decay: bool = False,
     boot: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> list[CheckResult]:
-    """All checks of a run folder, in order.
+    """Run all checks of a run folder, in order.
 
     Always required: the folder can be read, shapes, finite values, buckets that partition the tokens and are
     consistent within words, no empty bucket, totals that agree with the tokens, layers that write, freezing
-    that changes the loss. Required with `require_buckets`: some pair of buckets can be told apart in some
-    layer. Required with `require_decay`: plasticity of all layers pooled falls from the first 100 tokens to
-    the last 100. After a damaged folder there is nothing more to check.
+    that changes the loss. Required with `require_buckets`: some pair of buckets can be told apart at like
+    positions in some layer. Required with `require_decay`: plasticity of all layers pooled falls from the first
+    100 tokens to the last 100. A damaged folder, wrong shapes or values and a failed partition end the checks.
     """
     try:
         run = read_run(folder)
@@ -73,7 +73,10 @@ def run_checks(
     results += [check_shapes(run), check_finite(run)]
     if any(result.failed for result in results):
         return results
-    results += [check_partition(run), check_buckets_present(run), check_totals(run)]
+    results.append(check_partition(run))
+    if results[-1].failed:
+        return results
+    results += [check_buckets_present(run), check_totals(run)]
     results += [check_active_layers(run), check_freezing(run)]
     results.append(replace(check_buckets_differ(run, boot=boot), required=require_buckets))
     results += [
@@ -84,9 +87,7 @@ def run_checks(
 
 
 def check_shapes(run: Run) -> CheckResult:
-    """Plasticity is [N, L] and the losses under freezing [N, F], as run.json says, and every document has two
-    tokens or more.
-    """
+    """Check that plasticity is [N, L] and losses under freezing are [N, F], and documents have two tokens or more."""
     tokens, layers, configurations = len(run.tokens), len(run.ttt_layers), len(run.freezing)
     wrong = []
     if run.plasticity.shape != (tokens, layers):
@@ -98,18 +99,13 @@ def check_shapes(run: Run) -> CheckResult:
         wrong.append("there is no document")
     elif sizes.min() < 2:
         wrong.append(f"documents {list(sizes.index[sizes < 2])[:8]} have fewer than 2 tokens")
-    nameless = [entry for entry in run.freezing if not {"name", "layers"} <= set(entry)]
-    if nameless:
-        wrong.append(f"freezing configurations need a name and layers: {nameless}")
-    documents = f"{len(sizes)} document{'s' if len(sizes) != 1 else ''}"
-    right = f"{tokens:,} tokens of {documents}, {layers} TTT layers, {configurations} freezing configurations"
+    right = f"{tokens:,} tokens of {count_of(len(sizes), 'document')}, {count_of(layers, 'TTT layer')}, "
+    right += count_of(configurations, "freezing configuration")
     return CheckResult("shapes", not wrong, "; ".join(wrong) or right)
 
 
 def check_finite(run: Run) -> CheckResult:
-    """Plasticity is finite and not negative; losses likewise, NaN at the first token of a document and
-    nowhere else.
-    """
+    """Check that plasticity and losses are finite and not negative, except NaN at the first token of a document."""
     wrong = []
     for column, layer in enumerate(run.ttt_layers):
         wrong += _bad_values(run, f"plasticity of layer {layer}", run.plasticity[:, column])
@@ -127,7 +123,7 @@ def check_finite(run: Run) -> CheckResult:
 
 
 def check_partition(run: Run) -> CheckResult:
-    """Every token has one of the four buckets, tokens outside words are OTHER, all tokens of a word share its
+    """Check that every token has one bucket, tokens outside words are OTHER, all tokens of a word share its
     bucket, and the first content word of a document is not one that was seen before.
     """
     tokens = run.tokens
@@ -151,7 +147,7 @@ def check_partition(run: Run) -> CheckResult:
 
 
 def check_buckets_present(run: Run) -> CheckResult:
-    """SYNTAX, RETRIEVAL and NOVELTY all have tokens; a text may do without OTHER."""
+    """Check that SYNTAX, RETRIEVAL and NOVELTY all have tokens; a text may do without OTHER."""
     counts = _bucket_counts(run)
     empty = [bucket.name for bucket in _CONTENT if counts[bucket.name] == 0]
     message = f"no token is {' or '.join(empty)}" if empty else "SYNTAX, RETRIEVAL and NOVELTY all have tokens"
@@ -159,26 +155,33 @@ def check_buckets_present(run: Run) -> CheckResult:
 
 
 def check_totals(run: Run) -> CheckResult:
-    """Documents, tokens and mean losses in run.json are those of the tokens, to a relative 1e-4."""
+    """Check that the totals in run.json are those of the tokens, losses to a relative 1e-4."""
     totals = run.meta["totals"]
     wrong = []
     for key, found in (("documents", run.tokens["document"].nunique()), ("tokens", len(run.tokens))):
-        if totals.get(key) != found:
-            wrong.append(f"{key}: run.json has {totals.get(key)!r}, the tokens give {found}")
-    mean = float(np.nanmean(run.tokens["loss"].to_numpy(dtype=np.float64)))
-    wrong += _differing("mean_loss", totals.get("mean_loss"), mean)
-    frozen = totals.get("mean_loss_frozen") or []
-    for entry, announced, losses in zip(run.freezing, frozen, run.loss_frozen.T, strict=False):
+        if totals[key] != found:
+            wrong.append(f"{key}: run.json has {totals[key]!r}, the tokens give {found}")
+    loss = run.tokens["loss"].to_numpy(dtype=np.float64)
+    mean = float(np.nanmean(loss))
+    wrong += _differing("mean_loss", totals["mean_loss"], mean)
+    for entry, announced, losses in zip(run.freezing, totals["mean_loss_frozen"], run.loss_frozen.T, strict=True):
         found = float(np.nanmean(losses, dtype=np.float64))
         wrong += _differing(f"mean_loss_frozen of {entry['name']!r}", announced, found)
+    size = sum(entry["bytes"] for entry in run.meta["documents"])
+    if size:
+        wrong += _differing("nats_per_byte", totals["nats_per_byte"], float(np.nansum(loss)) / size)
+    elif totals["nats_per_byte"] is not None:
+        wrong.append(f"nats_per_byte: run.json has {totals['nats_per_byte']!r}, but its documents have no bytes")
     return CheckResult("totals", not wrong, "; ".join(wrong) or f"mean loss {mean:.4f} nats per token, as in run.json")
 
 
 def check_active_layers(run: Run) -> CheckResult:
-    """Every layer writes somewhere, apart from layers that run.json (model.frozen_layers) names as frozen,
-    which never do.
+    """Check that every layer writes somewhere, and that what the model has frozen never writes.
+
+    Frozen is what run.json says in model.frozen_layers, frozen_heads and frozen_from.
     """
-    frozen = set(run.meta["model"].get("frozen_layers") or [])
+    frozen, begin = _frozen_layers(run), run.meta["model"]["frozen_from"]
+    late = np.zeros(len(run.tokens), bool) if begin is None else run.tokens["position"].to_numpy() >= begin
     wrong, numbers = [], []
     for column, layer in enumerate(run.ttt_layers):
         values = run.plasticity[:, column]
@@ -187,26 +190,35 @@ def check_active_layers(run: Run) -> CheckResult:
             wrong.append(f"layer {layer} is frozen but has plasticity up to {format_number(float(values.max()))}")
         elif layer not in frozen and not writes:
             wrong.append(f"layer {layer} has plasticity 0 at all {len(values):,} tokens and is not frozen")
+        elif (values[late] > 0).any():
+            largest = format_number(float(values[late].max()))
+            wrong.append(f"layer {layer} is frozen from token {begin} but has plasticity up to {largest} later")
         numbers.append(f"layer {layer}: {format_number(float(values.mean(dtype=np.float64)))}")
     return CheckResult("layers write", not wrong, "; ".join(wrong) or "mean plasticity " + ", ".join(numbers))
 
 
 def check_freezing(run: Run) -> CheckResult:
-    """Freezing configurations name TTT layers and change the loss of some token; an empty one changes none."""
+    """Check that freezing configurations name TTT layers and change the loss of some token.
+
+    One that freezes nothing, or only layers that the model has frozen already, changes none.
+    """
     loss = run.tokens["loss"].to_numpy()
+    already = _frozen_layers(run)
     wrong, numbers = [], []
     for index, entry in enumerate(run.freezing):
-        name, layers = entry["name"], list(entry["layers"])
+        name, layers = entry["name"], entry["layers"]
         unknown = sorted(set(layers) - set(run.ttt_layers))
         if unknown:
             wrong.append(f"{name!r} freezes layers {unknown}, which are no TTT layers")
             continue
         change = np.abs(run.loss_frozen[:, index] - loss)
         largest = float(np.nanmax(change))
-        if layers and largest == 0:
-            wrong.append(f"{name!r} changes no loss at all: the layers {layers} were not frozen")
-        if not layers and largest > _LOSS_TOLERANCE:
-            wrong.append(f"{name!r} freezes nothing but changes a loss by {format_number(largest)} nats")
+        new = sorted(set(layers) - already)
+        if new and largest == 0:
+            wrong.append(f"{name!r} changes no loss at all: the layers {new} were not frozen")
+        if not new and largest > _LOSS_TOLERANCE:
+            what = "only layers that are frozen already" if layers else "nothing"
+            wrong.append(f"{name!r} freezes {what} but changes a loss by {format_number(largest)} nats")
         difference = float(np.nanmean(run.loss_frozen[:, index] - loss, dtype=np.float64))
         numbers.append(f"{name!r} {difference:+.4f}")
     right = f"mean change in nats: {', '.join(numbers)}" if numbers else "no freezing configuration was run"
@@ -214,17 +226,21 @@ def check_freezing(run: Run) -> CheckResult:
 
 
 def check_buckets_differ(run: Run, *, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> CheckResult:
-    """Whether some pair of buckets can be told apart in some layer, over all layers, all of them pooled, and
-    all pairs.
+    """Check whether any two buckets can be told apart at like positions, in any layer or in all pooled.
 
-    The intervals share `boot.confidence` out among all comparisons (Bonferroni), so that chance alone seldom
-    passes this.
+    Ratios are those of `interp.statistics.adjusted_contrast`: novelty and plasticity both fall over a document,
+    so over all positions buckets differ even where plasticity knows nothing of them. The intervals share
+    `boot.confidence` out among all comparisons (Bonferroni), so that chance alone seldom passes this.
     """
     comparisons = (len(run.ttt_layers) + 1) * math.comb(len(BUCKET_NAMES), 2)
-    confidence = 1 - (1 - boot.confidence) / comparisons
-    shared = replace(boot, confidence=confidence, n_boot=max(boot.n_boot, 5000))
-    table = bucket_contrast(
-        run.plasticity, run.tokens["bucket"], run.tokens["document"], layers=run.ttt_layers, boot=shared
+    table = adjusted_contrast(
+        run.plasticity,
+        run.tokens["bucket"],
+        run.tokens["document"],
+        run.tokens["position"],
+        mini_batch_size=run.meta["model"]["mini_batch_size"],
+        layers=run.ttt_layers,
+        boot=boot.shared(comparisons),
     )
     lines = []
     apart = 0
@@ -232,18 +248,20 @@ def check_buckets_differ(run: Run, *, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> Ch
         told = [row for _, row in rows.iterrows() if excludes(row, "ratio", 1.0)]
         apart += len(told)
         pairs = ", ".join(
-            f"{row['bucket_a']}/{row['bucket_b']} {format_number(row['ratio'])} {format_interval(row, 'ratio')}"
-            + ("" if excludes(row, "ratio", 1.0) else " not told apart")
+            f"{row['bucket_a']}/{row['bucket_b']} {format_number(row['ratio'])} {format_interval(row, 'ratio')}, "
+            f"over all positions {format_number(row['raw_ratio'])}"
+            + ("" if excludes(row, "ratio", 1.0) else ", not told apart")
             for _, row in rows.iterrows()
         )
         where = "all layers" if layer == POOLED else f"layer {layer}"
         lines.append(f"{where}: {len(told)} of {len(rows)} pairs told apart ({pairs})")
-    head = f"{apart} of {len(table)} pairs told apart at {boot.confidence:.0%} over all comparisons together"
+    share = format_share(boot.confidence)
+    head = f"{apart} of {len(table)} pairs told apart at like positions, at {share} over all comparisons together"
     return CheckResult("buckets differ", apart > 0, "\n  ".join([head, *lines]))
 
 
 def check_decay(run: Run, *, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> Iterator[CheckResult]:
-    """Whether plasticity of all layers pooled falls: first 100 tokens of a document against the last 100, and
+    """Check whether plasticity of all layers pooled falls: first 100 tokens of a document against the last 100, and
     against its second half. It does when the whole interval of the ratio is above 1.
     """
     table = temporal_decay(
@@ -271,6 +289,15 @@ def check_decay(run: Run, *, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> Iterator[Ch
         yield CheckResult(name, falls, f"ratio {ratio}: {verdict}; {layers}", required=False)
 
 
+def _frozen_layers(run: Run) -> set[int]:
+    """Layers that never write according to run.json: frozen as a whole, in all heads, or from the first token."""
+    model = run.meta["model"]
+    if model["frozen_from"] == 0:
+        return set(run.ttt_layers)
+    whole = {int(layer) for layer, heads in model["frozen_heads"].items() if len(heads) == model["num_heads"]}
+    return whole | set(model["frozen_layers"])
+
+
 def _bucket_counts(run: Run) -> dict[str, int]:
     counts = np.bincount(run.tokens["bucket"].clip(lower=0), minlength=len(BUCKET_NAMES))
     return {name: int(counts[bucket]) for bucket, name in enumerate(BUCKET_NAMES)}
@@ -286,7 +313,6 @@ def _bad_values(run: Run, name: str, values: np.ndarray) -> list[str]:
 
 
 def _differing(name: str, announced: object, found: float) -> list[str]:
-    number = isinstance(announced, int | float) and not isinstance(announced, bool)
-    if number and math.isclose(announced, found, rel_tol=_LOSS_TOLERANCE, abs_tol=1e-6):
+    if announced is not None and math.isclose(announced, found, rel_tol=_LOSS_TOLERANCE, abs_tol=1e-6):
         return []
     return [f"{name}: run.json has {announced!r}, the tokens give {found:.6g}"]

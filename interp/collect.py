@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from tqdm.auto import tqdm
 
 from interp.bucketing import StopList, bucket_tokens, load_stop_words
@@ -34,7 +35,9 @@ DEFINITIONS = {
     "is_answer": "Whether the token belongs to the answer at the end of a retrieval document.",
     "position": "Index of the token in the document as read, in tokens, from 0.",
     "mean_loss": "Mean of loss over all tokens but the first of each document, in nats per token.",
+    "bytes": "Number of UTF-8 bytes of all tokens of the document but the first.",
     "nats_per_byte": "Sum of loss by the number of UTF-8 bytes of the same tokens, in nats per byte.",
+    "weights_fingerprint": "SHA-256 of the names, shapes and up to 1024 evenly spread values of every parameter.",
     "seconds": "Wall-clock time of all passes, freezing included, of the slowest process, in seconds.",
     "tokens_per_second": "Tokens of the run (each counted once) by seconds.",
 }
@@ -48,6 +51,7 @@ _PACKAGES = (
     "accelerate",
     "modeling-ttt",
 )
+_VALUES_PER_PARAMETER = 1024
 
 
 def collect(
@@ -59,7 +63,7 @@ def collect(
     batch_size: int = 1,
     segment_length: int = DEFAULT_SEGMENT_LENGTH,
     freezing: Sequence[Freezing] = (),
-    stop_words: str | Iterable[str] | StopList = "en",
+    stop_words: str | os.PathLike | Iterable[str] | StopList = "en",
     numbers: str = "content",
     min_lag: int = 0,
     arguments: Mapping[str, Any] | None = None,
@@ -72,18 +76,22 @@ def collect(
     resume: bool = False,
     progress: bool = False,
 ) -> Path:
-    """Reads every document with the model and leaves a run folder; returns the path of its run.json.
+    """Read every document with the model and leave a run folder; return the path of its run.json.
 
     Each entry of `freezing` is one more pass over the same documents. Buckets are made per document with
     `stop_words`, `numbers` and `min_lag` (tokens), as in `interp.bucketing`. `arguments`, `corpus` and `seed`
     (JSON values) are kept in run.json. Of `world_size` processes that get the same documents, process `rank`
     reads every `world_size`-th; `barrier` must wait for all of them. Batches of `batch_size` documents are
-    kept as they are done: `resume` goes on with an interrupted run of the same settings. The model is put
-    into evaluation mode for the time. ValueError for models without TTT layers, a missing tokenizer, no
+    kept as they are done: `resume` goes on with an interrupted run of the same settings and weights. A run
+    that fails before its first batch is done leaves nothing to resume. The model is put into evaluation mode
+    for the time. ValueError for models without TTT layers, a missing tokenizer, two freezings of one name, no
     documents, and for folders as in `RunFolder.create`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    names = [entry.name for entry in freezing]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the names in freezing must differ, got {names}")
     reader = _Reader(
         model=model,
         table=_token_table(tokenizer),
@@ -101,13 +109,23 @@ def collect(
         "seed": seed,
     }
     wait = barrier or (lambda: None)
+    batches = _batches(islice(enumerate(documents), rank, None, world_size), batch_size)
+    # A corpus that cannot be read shall not leave a folder behind.
+    first = next(batches, None)
+    if first is None and rank == 0:
+        raise ValueError("there are no documents to read")
     if rank == 0:
         sizes = {"batch_size": batch_size, "segment_length": segment_length, "world_size": world_size}
         RunFolder.create(folder, arguments={**meta, **sizes}, overwrite=overwrite, resume=resume)
     wait()
     target = RunFolder(folder)
-    with evaluation_mode(model):
-        _collect_shard(reader, documents, target, batch_size, rank, world_size, progress)
+    try:
+        with evaluation_mode(model):
+            _collect_shard(reader, chain([first] if first else [], batches), target, rank, world_size, progress)
+    except BaseException:
+        if rank == 0:
+            target.discard_empty()
+        raise
     wait()
     if rank == 0:
         documents_read, totals = _totals(target.read_notes(world_size))
@@ -170,7 +188,8 @@ class _Reader:
         return {**self._tokens(ids), "document": np.full(len(ids), index), "is_answer": answer, "loss": loss}
 
     def _tokens(self, ids: np.ndarray) -> dict[str, Any]:
-        buckets = bucket_tokens(ids, self.table, **self.buckets)
+        # The model reads on across BOS and EOS tokens inside a document, so words count as seen across them.
+        buckets = bucket_tokens(ids, self.table, doc_ids=np.zeros(len(ids), np.int64), **self.buckets)
         return {
             "position": np.arange(len(ids)),
             "token_id": ids,
@@ -195,18 +214,16 @@ class _Reader:
 
 def _collect_shard(
     reader: _Reader,
-    documents: Iterable[Document],
+    batches: Iterable[list[tuple[int, Document]]],
     folder: RunFolder,
-    batch_size: int,
     rank: int,
     world_size: int,
     progress: bool,
 ) -> None:
     done = folder.read_parts(rank, world_size)
-    mine = islice(enumerate(documents), rank, None, world_size)
     index = -1
     with tqdm(unit="tok", unit_scale=True, disable=not progress) as bar:
-        for index, batch in enumerate(_batches(mine, batch_size)):
+        for index, batch in enumerate(batches):
             if index in done:
                 _check_same_documents(done[index], batch)
             else:
@@ -214,8 +231,6 @@ def _collect_shard(
                 folder.write_part(table, index, rank, world_size, notes=notes)
             bar.update(sum(len(document.input_ids) for _, document in batch))
     if index < 0:
-        if rank == 0:
-            raise ValueError("there are no documents to read")
         folder.write_part(reader.empty(), 0, rank, world_size, notes={"documents": [], "seconds": 0.0})
     folder.merge_parts(rank, world_size)
 
@@ -252,7 +267,7 @@ def _totals(notes: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[dict[str
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
-    return [{key: entry[key] for key in ("document", "name", "tokens")} for entry in entries], totals
+    return [{key: entry[key] for key in ("document", "name", "tokens", "bytes")} for entry in entries], totals
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
@@ -276,17 +291,37 @@ def _describe_model(model: Any, layers: list[int]) -> dict[str, Any]:
     for key in ("_name_or_path", "transformers_version"):
         described.pop(key, None)
     text = json.dumps(described, sort_keys=True, default=str)
+    frozen_heads = getattr(config, "frozen_heads", None) or {}
     return {
         "id": getattr(config, "_name_or_path", "") or type(model).__name__,
         "revision": getattr(config, "_commit_hash", None),
         "config_hash": hashlib.sha256(text.encode()).hexdigest(),
+        "weights_fingerprint": _fingerprint(model),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "ttt_layers": layers,
         "frozen_layers": list(getattr(config, "frozen_layers", None) or []),
+        "frozen_heads": {str(layer): list(heads) for layer, heads in frozen_heads.items()},
+        "frozen_from": getattr(config, "frozen_from", None),
         "num_heads": config.num_attention_heads,
         "mini_batch_size": config.mini_batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+def _fingerprint(model: Any) -> str:
+    """SHA-256 of a sample of the weights: enough to tell two trainings of one architecture apart.
+
+    Of parameters that are offloaded (on the meta device) only names and shapes count.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        if not parameter.is_meta:
+            flat = parameter.detach().reshape(-1)
+            sample = torch.linspace(0, len(flat) - 1, min(len(flat), _VALUES_PER_PARAMETER), dtype=torch.float64)
+            values = flat[sample.round().long().to(flat.device)]
+            digest.update(values.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

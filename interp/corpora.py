@@ -1,5 +1,6 @@
 """Documents to read: natural text, retrieval documents and tokens made beforehand, as lazy streams."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from interp.documents import Document, pydoc_topics, text_encoder
+from interp.files import read_text
 from interp.needle import NeedleOptions, needle_documents
 
 DATASET_TYPES = ("pydoc", "text", "needle", "synthetic", "pg19", "wikitext", "hub", "tokens")
@@ -20,7 +22,21 @@ HUB_DEFAULTS = {
     "wikitext": {"path": "Salesforce/wikitext", "config": "wikitext-103-raw-v1", "name_column": None},
     "hub": {"path": None, "config": None, "name_column": None},
 }
+_OF_TEXTS = frozenset({"max_chars", "pieces_per_text"})
+_OF_DATASETS = _OF_TEXTS | {"path", "split", "config_name", "text_column"}
+USED_OPTIONS = {
+    "pydoc": frozenset({"pieces_per_text"}),
+    "text": _OF_TEXTS | {"path"},
+    "needle": frozenset({"needle"}),
+    "synthetic": frozenset({"needle"}),
+    "tokens": frozenset({"path", "pieces_per_text"}),
+    **dict.fromkeys(HUB_DEFAULTS, _OF_DATASETS),
+}
+_CHARS_PER_TOKEN = 16  # more than a token of natural text has
+_LEAST_CHARS = 200_000
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+log = logging.getLogger(__name__)
 
 
 def load_corpus(
@@ -34,32 +50,35 @@ def load_corpus(
     pieces_per_text: int | None = None,
     split: str | None = None,
     config_name: str | None = None,
-    text_column: str = "text",
+    text_column: str | None = None,
     seed: int = 0,
     needle: NeedleOptions | None = None,
 ) -> Iterator[Document]:
-    """Opens a corpus and gives its documents one by one, each of at most `seq_length` tokens.
+    """Open a corpus and give its documents one by one, each of at most `seq_length` tokens.
 
-    `dataset_type` is one of - `pydoc`: the language reference that comes with Python (its topics, joined
-    until they are long enough); - `text`: UTF-8 files; `path` is a file, several, or a folder (its *.txt
-    files); - `needle` (or `synthetic`): retrieval documents of `interp.needle`, from `seed` and `needle`
-    (NeedleOptions); - `pg19`, `wikitext`, `hub`: a dataset read as a stream; `path` is a Hub id, a local file
-    or folder of the same
-      columns; `split` (validation), `config_name` and `text_column` say which part of it;
+    `dataset_type` is one of
+
+    - `pydoc`: the language reference that comes with Python (its topics, joined until they are long enough);
+    - `text`: UTF-8 files; `path` is a file, several, or a folder (its *.txt files);
+    - `needle` (or `synthetic`): retrieval documents of `interp.needle`, from `seed` and `needle` (NeedleOptions);
+    - `pg19`, `wikitext`, `hub`: a dataset read as a stream; `path` is a Hub id, a local file or folder of the same
+      columns; `split` (validation), `config_name` and `text_column` (text) say which part of it;
     - `tokens`: made beforehand; `path` is a 1-D integer .npy (memory-mapped) or a parquet with `input_ids`.
 
-    Of each text the first `max_chars` characters are read (default: 200,000, or 16 per token where that is
-    more) and cut into pieces, all first pieces before all second ones. `pieces_per_text` limits them
-    (default: 1 for datasets, else no limit). Only a first piece may be shorter than `seq_length`. If the
-    tokenizer begins texts with a BOS token, so does every piece. ValueError for arguments that are wrong or
-    that the type has no use for, and for a text, or a whole dataset, shorter than two tokens.
+    Each text is cut into pieces, all first pieces before all second ones; `pieces_per_text` limits them (default: 1
+    for datasets, else no limit). Only a first piece may be shorter than `seq_length`. If the tokenizer begins texts
+    with a BOS token, so does every piece. At most `max_chars` characters of each text are read; without it 200,000,
+    or 16 per token of all the pieces that `max_documents` and `pieces_per_text` allow where that is more, which for
+    files with neither of the two is no limit. Texts shorter than two tokens are skipped and counted in a warning.
+    ValueError for arguments that are wrong or that the type has no use for (`USED_OPTIONS`), and when no text is
+    long enough.
     """
     if dataset_type not in DATASET_TYPES:
         raise ValueError(f"dataset_type must be one of {list(DATASET_TYPES)}, got {dataset_type!r}")
     limits = {"seq_length": seq_length, "max_documents": max_documents, "max_chars": max_chars}
     _check_limits(**limits, pieces_per_text=pieces_per_text)
     given = {"path": path, "max_chars": max_chars, "pieces_per_text": pieces_per_text, "split": split}
-    given |= {"config_name": config_name, "needle": needle}
+    given |= {"config_name": config_name, "text_column": text_column, "needle": needle}
     _refuse_unused(dataset_type, given)
     if dataset_type in ("needle", "synthetic"):
         return needle_documents(
@@ -68,15 +87,16 @@ def load_corpus(
     if dataset_type == "tokens":
         texts, prefix = _token_files(_existing(path)), []
     else:
-        encode, prefix = text_encoder(tokenizer, max_chars or max(200_000, 16 * seq_length))
+        if dataset_type in HUB_DEFAULTS:
+            pieces_per_text = pieces_per_text or 1
+        encode, prefix = text_encoder(tokenizer, max_chars or _most_chars(seq_length, max_documents, pieces_per_text))
         room = seq_length - len(prefix)
         if dataset_type == "pydoc":
             texts = _pydoc(encode, room)
         elif dataset_type == "text":
             texts = _text_files(_existing(path, suffix=".txt"), encode)
         else:
-            pieces_per_text = pieces_per_text or 1
-            rows = _open_dataset(dataset_type, path, split or DEFAULT_SPLIT, config_name, text_column)
+            rows = _open_dataset(dataset_type, path, split or DEFAULT_SPLIT, config_name, text_column or "text")
             texts = ((name, encode(text)) for name, text in rows)
     documents = _cut(texts, np.array(prefix, np.int64), seq_length, pieces_per_text, dataset_type)
     return islice(documents, max_documents)
@@ -91,24 +111,41 @@ def _cut(
 ) -> Iterator[Document]:
     room = seq_length - len(prefix)
     rest: list[tuple[str, np.ndarray]] = []
+    short: list[str] = []
     empty = True
-    for name, ids in texts:
-        if len(ids) < 2:
-            if dataset_type in HUB_DEFAULTS:
+    try:
+        for name, ids in texts:
+            if len(ids) < 2:
+                short.append(name)
                 continue
-            raise ValueError(f"text {name!r} is shorter than two tokens")
-        empty = False
-        yield Document(name, np.concatenate([prefix, ids[:room].astype(np.int64)]))
-        if pieces_per_text != 1 and len(ids) >= 2 * room:
-            rest.append((name, ids[room:]))
+            empty = False
+            yield Document(name, np.concatenate([prefix, ids[:room].astype(np.int64)]))
+            if pieces_per_text != 1 and len(ids) >= 2 * room:
+                rest.append((name, ids[room:]))
+    finally:
+        # Said here because whoever has enough documents closes the stream before its end.
+        if short and not empty:
+            log.warning("skipped %d text(s) shorter than two tokens: %s", len(short), _some(short))
     if empty:
-        raise ValueError(f"the {dataset_type!r} corpus holds no text of two tokens or more")
+        reason = f": {_some(short)} shorter than two tokens" if short else ""
+        raise ValueError(f"the {dataset_type!r} corpus holds no text of two tokens or more{reason}")
     piece = 1
     while rest and (pieces_per_text is None or piece < pieces_per_text):
         for name, ids in rest:
             yield Document(f"{name} [{piece}]", np.concatenate([prefix, ids[:room].astype(np.int64)]))
         rest = [(name, ids[room:]) for name, ids in rest if len(ids) >= 2 * room]
         piece += 1
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _most_chars(seq_length: int, max_documents: int | None, pieces_per_text: int | None) -> int | None:
+    """How much of a text can matter: None for all of it."""
+    limits = [limit for limit in (max_documents, pieces_per_text) if limit is not None]
+    return max(_LEAST_CHARS, _CHARS_PER_TOKEN * seq_length * min(limits)) if limits else None
 
 
 def _pydoc(encode: Callable[[str], np.ndarray], room: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -132,14 +169,7 @@ def _joined_name(names: Sequence[str]) -> str:
 
 def _text_files(files: Sequence[Path], encode: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     for file in files:
-        yield file.name, encode(_read_text(file))
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(file)!r} is not UTF-8 text: {error}") from error
+        yield file.name, encode(read_text(file))
 
 
 def _token_files(files: Sequence[Path]) -> Iterator[tuple[str, np.ndarray]]:
@@ -255,15 +285,8 @@ def _check_limits(**limits: int | None) -> None:
 
 
 def _refuse_unused(dataset_type: str, given: dict[str, Any]) -> None:
-    datasets = ("path", "max_chars", "pieces_per_text", "split", "config_name")
-    useful = {
-        "pydoc": ("pieces_per_text",),
-        "text": ("path", "max_chars", "pieces_per_text"),
-        "needle": ("needle",),
-        "synthetic": ("needle",),
-        "tokens": ("path", "pieces_per_text"),
-    }.get(dataset_type, datasets)
-    useless = {name: value for name, value in given.items() if value is not None and name not in useful}
+    used = USED_OPTIONS[dataset_type]
+    useless = {name: value for name, value in given.items() if value is not None and name not in used}
     if useless:
         raise ValueError(f"dataset_type {dataset_type!r} has no use for {useless}")
     if dataset_type in ("text", "tokens") and not given["path"]:

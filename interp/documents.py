@@ -24,7 +24,7 @@ class Document:
 
 
 def text_encoder(tokenizer: Any, max_chars: int | None = None) -> tuple[Callable[[str], np.ndarray], list[int]]:
-    """A function from text to token ids int64 [n] without special tokens, and the ids that begin a document.
+    """Make a function from text to ids int64 [n] without special tokens, and the ids that begin a document.
 
     The function reads `max_chars` characters at most. A document begins with BOS if the tokenizer puts one
     in front of a text. ValueError when `tokenizer` is None.
@@ -42,7 +42,7 @@ def text_encoder(tokenizer: Any, max_chars: int | None = None) -> tuple[Callable
 
 
 def pydoc_topics() -> list[tuple[str, str]]:
-    """Name and text of each topic of the language reference that comes with Python, by name.
+    """List name and text of each topic of the language reference that comes with Python, by name.
 
     ValueError when this Python was packaged without it.
     """

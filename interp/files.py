@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 
 @contextmanager
 def write_beside(file: str | os.PathLike) -> Iterator[Path]:
-    """Gives a path in the folder of `file` to write to; it takes the place of `file` if the block
-    succeeds."""
+    """Give a path beside `file` to write to; it takes the place of `file` if the block succeeds."""
     file = Path(file)
     beside = file.with_name(f".{os.getpid()}.{file.name}")
     try:
@@ -26,13 +25,23 @@ def write_beside(file: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(file: str | os.PathLike, text: str) -> None:
-    """Writes `text` as UTF-8."""
+    """Write `text` as UTF-8."""
     with write_beside(file) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
+def read_text(file: str | os.PathLike) -> str:
+    """Read UTF-8 text, without a byte order mark; ValueError, naming the file, when it cannot be read as such."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(file)!r} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{os.fspath(file)!r} cannot be read: {error.strerror}") from error
+
+
 def write_parquet(file: str | os.PathLike, tables: Iterable[pa.Table]) -> None:
-    """Writes tables of one schema below each other, holding one at a time; ValueError when there is none."""
+    """Write tables of one schema below each other, holding one at a time; ValueError when there is none."""
     with write_beside(file) as beside:
         writer = None
         try:
@@ -47,7 +56,7 @@ def write_parquet(file: str | os.PathLike, tables: Iterable[pa.Table]) -> None:
 
 
 def read_parquet(file: str | os.PathLike) -> pa.Table:
-    """Reads one parquet file; ValueError, naming it, when that fails."""
+    """Read one parquet file; ValueError, naming it, when that fails."""
     try:
         return pq.read_table(file, partitioning=None)
     except (OSError, pa.ArrowException) as error:
@@ -55,7 +64,7 @@ def read_parquet(file: str | os.PathLike) -> pa.Table:
 
 
 def read_json(file: str | os.PathLike) -> Any:
-    """Reads one JSON file; ValueError, naming it, when that fails."""
+    """Read one JSON file; ValueError, naming it, when that fails."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -63,7 +72,7 @@ def read_json(file: str | os.PathLike) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Strict JSON (NaN is a ValueError); numpy scalars and paths count as numbers and strings."""
+    """Write strict JSON (NaN is a ValueError); numpy scalars and paths count as numbers and strings."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n"
 
 

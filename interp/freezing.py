@@ -1,5 +1,4 @@
-"""Which layers stop writing: parsing such choices and turning them into multipliers of the inner learning
-rate."""
+"""Which layers stop writing: such choices from text, and as multipliers of the inner learning rate."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ class Freezing:
 
 
 def ttt_layers(config: Any) -> list[int]:
-    """Absolute indices of the TTT layers of a model; ValueError when its configuration has none."""
+    """Give the absolute indices of a model's TTT layers; ValueError when its configuration has none."""
     kinds = getattr(config, "layer_types", None) or []
     layers = [index for index, kind in enumerate(kinds) if kind == "ttt"]
     if not layers:
@@ -28,7 +27,7 @@ def ttt_layers(config: Any) -> list[int]:
 
 
 def parse_layers(text: str) -> list[int]:
-    """Indices from `2,3`, `0-1` or `0-3,7`, sorted; ValueError for anything else."""
+    """Read indices from `2,3`, `0-1` or `0-3,7`, sorted; ValueError for anything else."""
     layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
@@ -42,11 +41,14 @@ def parse_layers(text: str) -> list[int]:
 
 
 def parse_freezing(text: str, layers: Sequence[int]) -> Freezing:
-    """A configuration from `all` or indices as for `parse_layers`, named by the text.
+    """Read a configuration from `all` or indices as for `parse_layers`; its name is the text.
 
     `layers` are the TTT layers of the model; ValueError when others are asked for.
     """
-    chosen = list(layers) if text.strip() == "all" else parse_layers(text)
+    try:
+        chosen = list(layers) if text.strip() == "all" else parse_layers(text)
+    except ValueError as error:
+        raise ValueError(f"a freezing is 'all' or a choice of layers: {error}") from error
     unknown = sorted(set(chosen) - set(layers))
     if unknown:
         raise ValueError(f"freezing {text!r}: layers {unknown} are no TTT layers, the model has {list(layers)}")
@@ -54,6 +56,6 @@ def parse_freezing(text: str, layers: Sequence[int]) -> Freezing:
 
 
 def freezing_multiplier(freezing: Freezing, layers: Sequence[int]) -> torch.Tensor:
-    """Multiplier of the inner learning rate, float32 [1, L, 1, 1]: 0 at the frozen layers, 1 elsewhere."""
+    """Make a multiplier of the inner learning rate, float32 [1, L, 1, 1]: 0 at frozen layers, 1 elsewhere."""
     values = [0.0 if layer in freezing.layers else 1.0 for layer in layers]
     return torch.tensor(values).view(1, -1, 1, 1)

@@ -26,14 +26,16 @@ def load_model(
     config: str | os.PathLike | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A TTT causal language model from a folder or the Hub, in evaluation mode.
+    """Load a TTT causal language model from a folder or the Hub, in evaluation mode.
 
-    `dtype` is that of the parameters. `config` (a folder, file or Hub id) replaces the configuration stored
-    with the model, and `overrides` replace single keys of it. ValueError when the model cannot be found or
-    read, when it has no TTT layers, and for unknown dtypes and keys.
+    `dtype` is that of the parameters, `device` (cpu) where they lie. `config` (a folder, file or Hub id)
+    replaces the configuration stored with the model, and `overrides` replace single keys of it. ValueError
+    when the model cannot be found or read, when it has no TTT layers, for unknown dtypes and keys, and for
+    devices that this machine does not have.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
+    _check_device(device or "cpu")
     name = os.fspath(name_or_path)
     _check_folder("model", name, "config.json")
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -53,7 +55,7 @@ def load_model(
 def load_tokenizer(
     name_or_path: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """The tokenizer in a folder or on the Hub; ValueError when there is none."""
+    """Load the tokenizer in a folder or on the Hub; ValueError when there is none."""
     name = os.fspath(name_or_path)
     _check_folder("tokenizer", name, "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     try:
@@ -63,7 +65,7 @@ def load_tokenizer(
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """Configuration keys from `key=value`; values are JSON (`true`, `0.5`, `[0, 1]`) or else strings.
+    """Read configuration keys from `key=value`; values are JSON (`true`, `0.5`, `[0, 1]`) or else strings.
 
     Layer lists may be written `frozen_layers=0-3,7`. ValueError for anything without a key.
     """
@@ -83,8 +85,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 
 def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    """The configuration with some keys replaced, validated anew; ValueError for keys that it does not
-    have."""
+    """Replace some keys of a configuration and validate it anew; ValueError for keys that it does not have."""
     if not overrides:
         return config
     known = config.to_dict()
@@ -95,6 +96,15 @@ def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
         return type(config).from_dict({**known, **overrides})
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"configuration overrides {dict(overrides)} are refused: {error}") from error
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        # Builds without the device raise AssertionError; meta exists, but nothing can be read from it.
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that works here, got {str(device)!r}: {reason}") from error
 
 
 def _check_folder(what: str, name: str, *files: str) -> None:

@@ -49,7 +49,7 @@ def needle_documents(
     seed: int = 0,
     options: NeedleOptions | None = None,
 ) -> Iterator[Document]:
-    """`Define Key=<8hex> Value=<hex>. `, filler around it, ` Query Key=<key> Value=` and the value.
+    """Make `Define Key=<8hex> Value=<hex>. `, filler around it, ` Query Key=<key> Value=` and the value.
 
     Every document has exactly `seq_length` tokens; `answer_mask` marks those of the value at the end.
     Document i depends on `seed`, i, the options and the tokenizer only. ValueError when `max_documents` is
@@ -113,8 +113,7 @@ def _hex(rng: np.random.Generator, digits: int) -> str:
 
 
 def _common_length(first: np.ndarray, second: np.ndarray) -> int:
-    """Number of ids that both begin with: where a tokenizer merges across the border, the answer starts
-    there."""
+    """Number of ids that both begin with: the answer starts there, also where a tokenizer merges across the border."""
     length = min(len(first), len(second))
     differing = np.flatnonzero(first[:length] != second[:length])
     return int(differing[0]) if len(differing) else length

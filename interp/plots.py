@@ -23,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from interp import captions
 from interp.files import write_beside
 from interp.tables import (
+    ALL_TOKENS,
     BUCKET_NAMES,
     POOLED,
     UNFROZEN,
@@ -31,6 +32,7 @@ from interp.tables import (
     SurprisalTables,
     TimeTables,
 )
+from interp.wording import format_number, format_share, freezing_label, token_label
 
 BAD_COLOUR = "#9a9aa5"
 BUCKET_STYLES = {
@@ -46,7 +48,7 @@ FigureAxes = tuple[Figure | SubFigure, Axes]
 
 
 def plot_plasticity_heatmap(data: TimeTables, *, ax: Axes | None = None) -> FigureAxes:
-    """Heat map of layer by token index, colour = mean plasticity on a log scale.
+    """Draw a heat map of layer by token index, colour = mean plasticity on a log scale.
 
     Colours span the middle 98% of the cells, so that a burst at the start does not hide the rest; stretches
     without a positive value (a frozen layer) get a grey of their own.
@@ -74,10 +76,8 @@ def plot_plasticity_heatmap(data: TimeTables, *, ax: Axes | None = None) -> Figu
 
 
 def plot_surprisal(data: SurprisalTables, *, ax: Axes | None = None) -> FigureAxes:
-    """Number of tokens over surprisal and plasticity, both logarithmic, with the geometric mean per tenth of
-    the tokens.
-    """
-    figure, ax = _axes(ax, width=7.5, height=5.2)
+    """Draw tokens over surprisal and plasticity, both on log scales, with the trend of the geometric mean."""
+    figure, ax = _axes(ax, width=7.5, height=5.5)
     ax.set_xscale("log")
     ax.set_yscale("log")
     if len(data.histogram):
@@ -89,6 +89,7 @@ def plot_surprisal(data: SurprisalTables, *, ax: Axes | None = None) -> FigureAx
         bar.ax.set_ylim(1 if counts.max() > 1 else 0.3, None)
         _plain_log_labels(bar.ax.yaxis)
     trend = data.trend
+    share = format_share(data.correlation["confidence"].iloc[0])
     ax.errorbar(
         trend["surprisal"],
         trend["plasticity"],
@@ -98,59 +99,69 @@ def plot_surprisal(data: SurprisalTables, *, ax: Axes | None = None) -> FigureAx
         markersize=4,
         linewidth=1.5,
         capsize=2,
-        label="geometric mean per tenth of the tokens, 95% interval",
+        label=f"geometric mean per tenth of the tokens, {share} interval",
     )
     for axis in (ax.xaxis, ax.yaxis):
         _plain_log_labels(axis)
-    token = "t" if data.lag == 0 else f"t{-data.lag:+d}"
-    ax.set(xlabel=f"surprisal of token {token} (nats)", ylabel="plasticity of token t (all layers pooled)")
-    ax.legend(loc="upper left", fontsize="small", framealpha=0.9)
+    ax.set(
+        xlabel=f"surprisal of token {token_label(data.lag)} (nats)", ylabel="plasticity of token t (all layers pooled)"
+    )
+    ax.legend(loc="upper left", bbox_to_anchor=(0.0, -0.13), borderaxespad=0.0, fontsize="small")
     _set_title(ax, captions.surprisal_caption(data).title)
     return figure, ax
 
 
 def plot_buckets(data: BucketTables, *, ax: Axes | None = None, value: str = "ratio") -> FigureAxes:
-    """A point with its 95% interval per bucket, for all layers pooled and for each layer.
+    """Draw a point with its interval per bucket, for all layers pooled and for each layer.
 
-    `value` names the column group of `data.means`: "ratio" (geometric mean over that of SYNTAX, comparable
-    between layers), "mean" or "median". ValueError for another.
+    `value` names the column group of `data.means`: "ratio" (geometric mean over that of the reference bucket,
+    SYNTAX where it has tokens; comparable between layers), "mean" or "median". ValueError for another. With
+    "ratio" a hollow marker beside each point gives the ratio among tokens at like positions.
     """
-    labels = {"ratio": "plasticity relative to SYNTAX", "mean": "mean plasticity", "median": "median plasticity"}
+    means = data.means[data.means["tokens"] == ALL_TOKENS]
+    reference = means["reference"].iloc[0]
+    labels = {"ratio": f"plasticity relative to {reference}", "mean": "mean plasticity", "median": "median plasticity"}
     if value not in labels:
         raise ValueError(f"value must be one of {sorted(labels)}, got {value!r}")
-    layers = sorted(set(data.means["layer"]))
+    layers = sorted(set(means["layer"]))
     figure, ax = _axes(ax, width=min(16.0, 5.0 + 0.8 * len(layers)), height=4.6)
-    for shift, bucket in zip(np.linspace(-0.27, 0.27, len(BUCKET_NAMES)), BUCKET_NAMES, strict=True):
-        rows = data.means[data.means["bucket"] == bucket].set_index("layer").loc[layers]
+    adjusted = _adjusted_ratios(data, reference)
+    for shift, bucket in zip(np.linspace(-0.3, 0.24, len(BUCKET_NAMES)), BUCKET_NAMES, strict=True):
+        rows = means[means["bucket"] == bucket].set_index("layer").loc[layers]
         colour, marker = BUCKET_STYLES[bucket]
-        ax.errorbar(
-            np.arange(len(layers)) + shift,
-            rows[value].to_numpy(),
-            yerr=_error_bars(rows, value),
-            fmt=marker,
-            color=colour,
-            markersize=5,
-            capsize=3,
-            label=f"{bucket} ({int(rows['count'].max()):,})",
-        )
+        style = {"fmt": marker, "color": colour, "markersize": 5, "capsize": 3}
+        x = np.arange(len(layers)) + shift
+        label = f"{bucket} ({int(rows['count'].max()):,})"
+        ax.errorbar(x, rows[value].to_numpy(), yerr=_error_bars(rows, value), label=label, **style)
+        if value == "ratio" and bucket != reference:
+            rows = adjusted[adjusted["bucket"] == bucket].set_index("layer").loc[layers]
+            bars = _error_bars(rows, "adjusted")
+            ax.errorbar(x + 0.07, rows["adjusted"].to_numpy(), yerr=bars, mfc="none", alpha=0.8, **style)
+    handles = ax.get_legend_handles_labels()[0]
     if value == "ratio":
-        ax.axhline(1.0, color=BUCKET_STYLES["SYNTAX"][0], linewidth=1, linestyle=":")
+        ax.axhline(1.0, color=BUCKET_STYLES[reference][0], linewidth=1, linestyle=":")
+        hollow = {"color": "#5c5c66", "marker": "o", "markersize": 5, "linestyle": "none"}
+        handles += [
+            Line2D([], [], label="filled: all positions", **hollow),
+            Line2D([], [], mfc="none", label="hollow: like positions", **hollow),
+        ]
     ax.set_yscale("log")
     _plain_log_labels(ax.yaxis)
     _label_some(ax, ["all layers" if layer == POOLED else f"layer {layer}" for layer in layers], axis="x")
     if POOLED in layers and len(layers) > 1:
         ax.axvline(0.5, color="#c9c9d2", linewidth=0.8)
     ax.set_ylabel(labels[value])
-    ax.legend(title="bucket (tokens)", fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    share = format_share(means["confidence"].iloc[0])
+    title = f"bucket (tokens),\n{share} intervals"
+    ax.legend(handles=handles, title=title, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     _set_title(ax, captions.bucket_caption(data).title)
     return figure, ax
 
 
 def plot_perplexity(data: PerplexityTables, *, ax: Axes | None = None) -> FigureAxes:
-    """Perplexity by token index, a colour per freezing configuration: thick lines cumulative, thin ones per
-    window.
+    """Draw perplexity by token index, a colour per freezing configuration; thick cumulative, thin per window.
 
-    The band is the 95% interval of the cumulative line with nothing frozen. Thin lines leave out windows with
+    The band is the interval of the cumulative line with nothing frozen. Thin lines leave out windows with
     less than a quarter of the tokens of the fullest one.
     """
     figure, ax = _axes(ax, width=9.5, height=4.8)
@@ -165,13 +176,14 @@ def plot_perplexity(data: PerplexityTables, *, ax: Axes | None = None) -> Figure
         if name == UNFROZEN:
             low, high = rows["cumulative_low"], rows["cumulative_high"]
             ax.fill_between(rows["position"], low, high, color=colour, alpha=0.12, linewidth=0)
-        label = name if name == UNFROZEN else f"{captions.freezing_label(name)} frozen"
+        label = name if name == UNFROZEN else f"{freezing_label(name)} frozen"
         handles.append(Line2D([], [], color=colour, linewidth=2.2, linestyle=style, label=label))
+    share = format_share(data.curve["confidence"].iloc[0])
     window = int(np.diff(np.unique(data.curve["position"]), prepend=0).max())
     handles += [
         Line2D([], [], color="#5c5c66", linewidth=2.2, label="thick: cumulative"),
         Line2D([], [], color="#5c5c66", linewidth=0.9, alpha=0.7, label=f"thin: windows of {window} tokens"),
-        Patch(color=CONFIGURATION_COLOURS[0], alpha=0.12, label=f"95% interval ({UNFROZEN})"),
+        Patch(color=CONFIGURATION_COLOURS[0], alpha=0.12, label=f"{share} interval ({UNFROZEN})"),
     ]
     ax.set_yscale("log")
     _plain_log_labels(ax.yaxis)
@@ -185,9 +197,7 @@ def plot_perplexity(data: PerplexityTables, *, ax: Axes | None = None) -> Figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes the figure as PNG, 150 dots per inch, with its own background; an older file is replaced in one
-    step.
-    """
+    """Write the figure as PNG of 150 dots per inch, with its own background, replacing an older file in one step."""
     with write_beside(path) as beside:
         figure.savefig(beside, dpi=150, format="png", facecolor=figure.get_facecolor())
 
@@ -226,6 +236,19 @@ def _cells(data: SurprisalTables) -> tuple[np.ndarray, np.ndarray, np.ma.MaskedA
     return x, y, np.ma.masked_equal(counts, 0)
 
 
+def _adjusted_ratios(data: BucketTables, reference: str) -> pd.DataFrame:
+    """Ratio of every other bucket to `reference` at like positions, a row per layer and bucket."""
+    contrasts = data.contrasts[data.contrasts["tokens"] == ALL_TOKENS]
+    rows = [
+        captions.find_contrast(pairs, bucket, reference).rename({"bucket_a": "bucket"})
+        for _, pairs in contrasts.groupby("layer")
+        for bucket in BUCKET_NAMES
+        if bucket != reference
+    ]
+    names = ["adjusted", "adjusted_low", "adjusted_high"]
+    return pd.DataFrame(rows)[["layer", "bucket", *names]].astype(dict.fromkeys(names, float))
+
+
 def _error_bars(table: pd.DataFrame, name: str) -> np.ndarray:
     """Distances down and up to the interval, [2, rows]; NaN where there is none."""
     return np.stack([table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]]).clip(min=0)
@@ -250,5 +273,5 @@ def _plain_log_labels(axis: Axis) -> None:
         axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     else:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: captions.format_number(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
     axis.set_minor_locator(NullLocator())

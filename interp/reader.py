@@ -1,4 +1,4 @@
-"""Reads documents with a model, a segment at a time: surprisal and plasticity of every token."""
+"""Read documents with a model, a segment at a time: surprisal and plasticity of every token."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +16,7 @@ class Reading:
     """One document as the model read it.
 
     `loss` float32 [T]: surprisal in nats of each token given the ones before, NaN for the first. `plasticity`
-    float32 [T, L]: norm of what each token commits per TTT layer, heads combined; None if it was not asked
-    for.
+    float32 [T, L]: norm of what each token commits per TTT layer, heads combined; None unless asked for.
     """
 
     loss: np.ndarray
@@ -33,7 +32,7 @@ def read_batch(
     lr_mult: torch.Tensor | None = None,
     plasticity: bool = True,
 ) -> list[Reading]:
-    """Reads several documents (token ids int64 [T_i]) as the rows of one batch, padded on the right.
+    """Read several documents (token ids int64 [T_i]) as the rows of one batch, padded on the right.
 
     The inner state goes from segment to segment in the model's cache, so that logits exist for
     `segment_length` tokens at a time; the result does not depend on it. `lr_mult` (broadcastable to [B, L, H,
@@ -79,7 +78,7 @@ def read_batch(
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Sets every module to evaluation for the block and gives each its own mode back afterwards."""
+    """Set every module to evaluation for the block and give each its own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -90,8 +89,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _surprisal(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-    """Surprisal float32 [B, t] of the tokens that follow; `following` is a token short at the end of the
-    text."""
+    """Surprisal float32 [B, t] of the tokens that follow; at the end of the text `following` is one short."""
     losses = []
     for row, target in zip(logits[:, : following.shape[1]], following, strict=True):
         row = row if row.dtype == torch.float64 else row.float()

@@ -1,6 +1,5 @@
 """The report of a run: figures, the tables they were drawn from, captions, and the text coloured by plasticity."""
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from interp.run_folder import Run
 from interp.statistics import DEFAULT_BOOTSTRAP, Bootstrap
 from interp.tables import RunTables, run_tables, save_tables
 from interp.text_view import MAX_DOCUMENTS, MAX_TOKENS, write_text_view
+from interp.wording import count_of, format_share, scope_of
 
 __all__ = ["Report", "write_report"]
 
@@ -40,7 +40,7 @@ def write_report(
     max_tokens: int = MAX_TOKENS,
     max_documents: int = MAX_DOCUMENTS,
 ) -> Report:
-    """Writes four PNGs, one CSV per table, captions.json and text.html into `folder`, which is made if need be.
+    """Write four PNGs, one CSV per table, captions.json and text.html into `folder`, which is made if need be.
 
     Files of those names are replaced, others stay. ValueError when the run lacks what a table needs.
     """
@@ -61,7 +61,7 @@ def write_report(
     write_text(folder / "captions.json", to_json(shown))
     files += [folder / "captions.json"]
     files += [write_text_view(run, folder / "text.html", max_tokens=max_tokens, max_documents=max_documents)]
-    return Report(said, _summary(run, said), files)
+    return Report(said, _summary(run, said, tables), files)
 
 
 def _figures(tables: RunTables) -> dict[str, tuple[plots.Figure, Caption]]:
@@ -79,15 +79,15 @@ def _figures(tables: RunTables) -> dict[str, tuple[plots.Figure, Caption]]:
     }
 
 
-def _summary(run: Run, said: dict[str, Caption]) -> str:
-    """A head line, and the title of every figure."""
-    totals = run.meta["totals"]
-    documents = run.tokens["document"].nunique()
-    head = f"{run.meta['model'].get('id', 'unnamed model')} read {len(run.tokens):,} tokens of {documents:,} documents"
+def _summary(run: Run, said: dict[str, Caption], tables: RunTables) -> str:
+    """A head line, the title of every figure, and what the brackets in them mean."""
+    documents = count_of(run.tokens["document"].nunique(), "document")
+    head = f"{run.model_name} read {len(run.tokens):,} tokens of {documents}"
     for key, unit in (("mean_loss", "nats per token"), ("nats_per_byte", "nats per byte")):
-        value = totals.get(key)
-        if isinstance(value, int | float) and math.isfinite(value):
+        value = run.meta["totals"][key]
+        if value is not None:
             head += f", {value:.3f} {unit}"
-    lines = [head, *(f"{name}.png: {caption.title}" for name, caption in said.items())]
-    lines.append("Brackets are 95% confidence intervals; captions.json says more.")
-    return "\n".join(lines)
+    row = tables.buckets.means.iloc[0]
+    brackets = f"Brackets are {format_share(row['confidence'])} confidence intervals; captions.json says more."
+    lines = [head, *(f"{name}.png: {caption.title}" for name, caption in said.items()), brackets, scope_of(row)]
+    return "\n".join(line for line in lines if line)

@@ -1,7 +1,8 @@
 """Intervals by block bootstrap: documents or stretches of tokens are resampled, not single tokens."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,29 @@ __all__ = [
     "Bootstrap",
     "Estimate",
     "Resampler",
+    "aligned_blocks",
     "block_bootstrap_ci",
     "cell_sums",
     "divide",
     "interval",
+    "log_positive",
     "make_blocks",
 ]
+
+_TAIL_DRAWS = 2
+
+
+def _draws_for(confidence: float) -> int:
+    """Resamples with which `_TAIL_DRAWS` of them lie beyond each end of an interval."""
+    return math.ceil(2 * _TAIL_DRAWS / (1 - confidence) - 1e-6)
 
 
 @dataclass(frozen=True)
 class Bootstrap:
     """Options of every interval.
 
-    n_boot: number of resamples. confidence: coverage aimed at. seed: of the resamples.
+    n_boot: number of resamples, enough for 2 to lie beyond each end of an interval (80 at 95%).
+    confidence: coverage aimed at. seed: of the resamples.
     min_documents: with fewer documents, stretches of tokens are resampled instead.
     block_length: tokens of such a stretch (at most 128 where this leaves fewer than 20 stretches).
     """
@@ -37,14 +48,21 @@ class Bootstrap:
     block_length: int = 256
 
     def __post_init__(self) -> None:
-        if self.n_boot < 1:
-            raise ValueError(f"n_boot must be at least 1, got {self.n_boot}")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence must lie between 0 and 1, got {self.confidence}")
+        least = _draws_for(self.confidence)
+        if self.n_boot < least:
+            share = f"{100 * self.confidence:.6g}%"
+            raise ValueError(f"n_boot must be at least {least} for intervals of {share}, got {self.n_boot}")
         if self.min_documents < 2:
             raise ValueError(f"min_documents must be at least 2, got {self.min_documents}")
         if self.block_length < 1:
             raise ValueError(f"block_length must be at least 1 token, got {self.block_length}")
+
+    def shared(self, comparisons: int) -> "Bootstrap":
+        """Give options for intervals that all hold together with `confidence` (Bonferroni), of 2000 draws or more."""
+        confidence = 1 - (1 - self.confidence) / comparisons
+        return replace(self, confidence=confidence, n_boot=max(self.n_boot, 2000, _draws_for(confidence)))
 
 
 DEFAULT_BOOTSTRAP = Bootstrap()
@@ -54,12 +72,14 @@ DEFAULT_BOOTSTRAP = Bootstrap()
 class Blocks:
     """What is resampled: block of every token (int64 [N], 0 to count - 1), number of blocks, unit in words.
 
+    documents: number of documents the tokens come from.
     stratum: int64 [count]; blocks are drawn within their stratum. None is one stratum.
     """
 
     index: np.ndarray
     count: int
     unit: str
+    documents: int
     stratum: np.ndarray | None = None
 
 
@@ -86,26 +106,50 @@ def make_blocks(documents: Any, boot: Bootstrap = DEFAULT_BOOTSTRAP, *, windows:
     _, document = np.unique(documents, return_inverse=True)
     count = int(document.max(initial=-1)) + 1
     if count >= boot.min_documents:
-        return Blocks(document, count, "documents")
+        return Blocks(document, count, "documents", count)
     if windows is None:
         length = boot.block_length
         if len(document) < 20 * length:
             length = min(length, 128)
         index = _stretches(document, length)
-        return Blocks(index, int(index.max(initial=-1)) + 1, _unit(index))
+        return Blocks(index, int(index.max(initial=-1)) + 1, _unit(index), count)
     _, window = np.unique(np.asarray(windows), return_inverse=True)
     part = np.unique(document * (window.max(initial=0) + 1) + window, return_inverse=True)[1]
     length = np.clip(np.bincount(part) // 8, 16, boot.block_length)
     index = _stretches(part, length)
     stratum = np.zeros(int(index.max(initial=-1)) + 1, dtype=np.int64)
     stratum[index] = window
-    return Blocks(index, len(stratum), _unit(index), stratum)
+    return Blocks(index, len(stratum), _unit(index), count, stratum)
+
+
+def aligned_blocks(documents: Any, windows: Any, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> Blocks:
+    """Choose what to resample where windows of the documents are compared: documents if there are enough.
+
+    documents, windows: integers [N], the tokens in reading order. With few documents every window is cut into
+    up to eight stretches of 16 tokens or more, as many in every document, and stretches are exchanged between
+    documents at the same place only: a trend within a window is no noise. One document has nothing to exchange.
+    """
+    _, document = np.unique(np.asarray(documents), return_inverse=True)
+    _, window = np.unique(np.asarray(windows), return_inverse=True)
+    count = int(document.max(initial=-1)) + 1
+    if count >= boot.min_documents or not len(document):
+        return Blocks(document, count, "documents", count)
+    number = int(window.max()) + 1
+    part = document * number + window
+    sizes = np.bincount(part, minlength=count * number)
+    shortest = np.where(sizes > 0, sizes, len(part)).reshape(count, number).min(axis=0)
+    pieces = np.clip(shortest // 16, 1, 8)[window]
+    place = _rank(part) * pieces // sizes[part]
+    _, index = np.unique(part * 8 + place, return_inverse=True)
+    stratum = np.zeros(int(index.max()) + 1, dtype=np.int64)
+    stratum[index] = window * 8 + place
+    return Blocks(index, len(stratum), f"{_unit(index)} at the same place in their document", count, stratum)
 
 
 def block_bootstrap_ci(
     values: Any, documents: Any, *, statistic: str = "mean", boot: Bootstrap = DEFAULT_BOOTSTRAP
 ) -> Estimate:
-    """Mean, median or geometric mean over tokens with an interval that allows for dependence between tokens.
+    """Estimate a mean, median or geometric mean with an interval that allows for dependence between tokens.
 
     values [N], documents [N]. Values that are not finite are left out, and so are those not above 0 in a
     geometric mean. Raises ValueError for another statistic or shapes that differ.
@@ -124,7 +168,7 @@ def block_bootstrap_ci(
     if statistic not in inverse:
         raise ValueError(f"statistic must be one of {sorted(inverse)}, got {statistic!r}")
     if statistic == "geometric_mean":
-        values = np.log(values, where=values > 0, out=np.full_like(values, np.nan))
+        values = log_positive(values)
     blocks = make_blocks(documents, boot)
     draw = Resampler(blocks, boot)
     group = np.zeros(len(values), dtype=np.int64)
@@ -162,7 +206,7 @@ class Resampler:
             self._draws.append((members, times.astype(np.uint16)))
 
     def sums(self, block_sums: np.ndarray) -> np.ndarray:
-        """Sums [blocks, ...] to their total in every draw [n_boot, ...]."""
+        """Add sums [blocks, ...] up to their total in every draw [n_boot, ...]."""
         flat = block_sums.reshape(len(block_sums), int(np.prod(block_sums.shape[1:])))
         total = np.zeros((self.n_boot, flat.shape[1]))
         for members, times in self._draws:
@@ -172,11 +216,11 @@ class Resampler:
         return total.reshape(self.n_boot, *block_sums.shape[1:])
 
     def means(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Means in every draw [n_boot, ...] from sums and counts [blocks, ...]; NaN without tokens."""
+        """Give means in every draw [n_boot, ...] from sums and counts [blocks, ...]; NaN without tokens."""
         return divide(self.sums(sums), self.sums(counts))
 
     def medians(self, values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-        """Medians of each group in every draw [n_boot, groups], from histograms with fine central cells."""
+        """Give medians of each group in every draw [n_boot, groups], from histograms with fine central cells."""
         result = np.full((self.n_boot, groups), np.nan)
         levels = np.concatenate([[0, 0.1, 0.2], np.linspace(0.3, 0.7, 129), [0.8, 0.9, 1]])
         for g in range(groups):
@@ -192,7 +236,7 @@ class Resampler:
 
 
 def cell_sums(values: np.ndarray, group: np.ndarray, groups: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of the finite values in every block and group, both float64 [blocks, groups]."""
+    """Sum and count the finite values in every block and group, both float64 [blocks, groups]."""
     finite = np.isfinite(values)
     key = (blocks.index * groups + group)[finite]
     size = blocks.count * groups
@@ -202,13 +246,18 @@ def cell_sums(values: np.ndarray, group: np.ndarray, groups: int, blocks: Blocks
 
 
 def divide(numerator: Any, denominator: Any) -> np.ndarray:
-    """Quotient with NaN where the denominator is 0."""
+    """Divide, with NaN where the denominator is 0."""
     numerator, denominator = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
 
 
+def log_positive(values: np.ndarray) -> np.ndarray:
+    """Take the natural logarithm, NaN for values not above 0."""
+    return np.log(values, where=values > 0, out=np.full(values.shape, np.nan))
+
+
 def interval(replicates: np.ndarray, used: Any, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval of every column of replicates [n_boot, ...], widened for few blocks.
+    """Give the percentile interval of every column of replicates [n_boot, ...], widened for few blocks.
 
     used [...]: number of blocks with tokens of the column; below 2 there is no interval (NaN). The
     percentiles lie further out than the nominal ones, by Student's t and by the factor sqrt(n / (n - 1)):
@@ -233,14 +282,19 @@ def interval(replicates: np.ndarray, used: Any, confidence: float) -> tuple[np.n
 
 def _stretches(part: np.ndarray, length: Any) -> np.ndarray:
     """Cut every part (document, or its share of a window) into near-equal stretches of about `length` tokens."""
-    order = np.argsort(part, kind="stable")
     sizes = np.bincount(part)
     pieces = np.maximum(1, np.rint(sizes / length)).astype(np.int64)
     first = np.concatenate([[0], np.cumsum(pieces)])
-    offset = np.concatenate([[0], np.cumsum(sizes)])
+    return first[part] + _rank(part) * pieces[part] // np.maximum(sizes[part], 1)
+
+
+def _rank(part: np.ndarray) -> np.ndarray:
+    """Number of earlier tokens of the same part, int64 [N]."""
+    order = np.argsort(part, kind="stable")
+    offset = np.concatenate([[0], np.cumsum(np.bincount(part))])
     rank = np.empty(len(part), dtype=np.int64)
     rank[order] = np.arange(len(part)) - offset[part[order]]
-    return first[part] + rank * pieces[part] // np.maximum(sizes[part], 1)
+    return rank
 
 
 def _unit(index: np.ndarray) -> str:

@@ -1,8 +1,7 @@
 """The folder that a run leaves: `run.json` and one parquet file of tokens per process.
 
-While a run is going on everything lies in the sub-folder `unfinished/`; `RunFolder.finish` moves the shards
-up and writes `run.json` last. So a folder with a `run.json` is a whole run, and only a finished run replaces
-another.
+While a run is going on everything lies in the sub-folder `unfinished/`; `RunFolder.finish` moves the shards up
+and writes `run.json` last. So a folder with a `run.json` is a whole run, and only a finished run replaces another.
 """
 
 import json
@@ -12,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -20,28 +19,10 @@ import pandas as pd
 import pyarrow as pa
 
 from interp.files import read_json, read_parquet, to_json, write_parquet, write_text
+from interp.run_meta import KIND, META_KEYS, SCHEMA_VERSION, check_meta
 
-SCHEMA_VERSION = 1
-KIND = "plasticity_run"
 META_FILE = "run.json"
 UNFINISHED = "unfinished"
-META_KEYS = (
-    "schema_version",
-    "kind",
-    "created",
-    "arguments",
-    "model",
-    "tokenizer",
-    "corpus",
-    "documents",
-    "bucketing",
-    "freezing",
-    "seed",
-    "versions",
-    "definitions",
-    "totals",
-    "num_shards",
-)
 SCALAR_COLUMNS = {
     "document": pa.int32(),
     "position": pa.int32(),
@@ -76,16 +57,23 @@ class Run:
         """Absolute index of the layer in each column of `plasticity`."""
         return list(self.meta["model"]["ttt_layers"])
 
+    @property
+    def model_name(self) -> str:
+        """The model's id; the last part only of a path that tells where it lies on a machine."""
+        name = self.meta["model"]["id"]
+        local = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute() or name[:1] in ("~", ".")
+        return (PureWindowsPath(name).name or name) if local else name
+
 
 def shard_name(rank: int, world_size: int) -> str:
-    """Name of the token file of process `rank` of `world_size`."""
+    """Name the token file of process `rank` of `world_size`."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
     return f"tokens-{rank:05d}-of-{world_size:05d}.parquet"
 
 
 def token_table(columns: Mapping[str, Any], plasticity: np.ndarray, loss_frozen: np.ndarray | None = None) -> pa.Table:
-    """Tokens as an arrow table with the columns and types of the run schema.
+    """Give tokens as an arrow table with the columns and types of the run schema.
 
     `columns` holds every scalar column as a sequence of N; `plasticity` is [N, L]; `loss_frozen` is [N, F],
     or None for F = 0. ValueError when a column is missing, unknown or of another length.
@@ -123,7 +111,7 @@ class RunFolder:
         overwrite: bool = False,
         resume: bool = False,
     ) -> "RunFolder":
-        """Starts a run in `path`, or goes on with the interrupted one that lies there.
+        """Start a run in `path`, or go on with the interrupted one that lies there.
 
         `arguments` (JSON values) is what the run depends on: resuming with other ones is refused. ValueError
         when the folder holds a finished run and `overwrite` is False, or an interrupted one and neither
@@ -158,10 +146,9 @@ class RunFolder:
         *,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """Keeps a piece of a shard, so that an interrupted run can go on.
+        """Keep a piece of a shard, so that an interrupted run can go on.
 
-        `merge_parts` joins the pieces in the order of `index`; `notes` (JSON values) is kept for
-        `read_notes`.
+        `merge_parts` joins the pieces in the order of `index`; `notes` (JSON values) is kept for `read_notes`.
         """
         parts = self._parts(rank, world_size)
         parts.mkdir(parents=True, exist_ok=True)
@@ -169,7 +156,7 @@ class RunFolder:
         write_parquet(parts / f"{index:08d}.parquet", [table])
 
     def read_parts(self, rank: int = 0, world_size: int = 1) -> dict[int, dict[str, Any]]:
-        """The notes of the pieces that process `rank` has written so far, by index."""
+        """Give the notes of the pieces that process `rank` has written so far, by index."""
         merged = self._notes(rank, world_size)
         if self._shard(rank, world_size).exists() and merged.exists():
             return dict(enumerate(read_json(merged)))
@@ -177,7 +164,7 @@ class RunFolder:
         return {int(file.stem): read_json(file.with_suffix(".json")) for file in files}
 
     def merge_parts(self, rank: int = 0, world_size: int = 1) -> None:
-        """Joins the pieces of process `rank` into its shard, one at a time, and removes them."""
+        """Join the pieces of process `rank` into its shard, one at a time, and remove them."""
         if self._shard(rank, world_size).exists():
             return
         notes = self.read_parts(rank, world_size)
@@ -190,21 +177,19 @@ class RunFolder:
         shutil.rmtree(parts)
 
     def read_notes(self, world_size: int = 1) -> list[list[dict[str, Any]]]:
-        """The notes of every merged shard: one list per process, one entry per piece."""
+        """Give the notes of every merged shard: one list per process, one entry per piece."""
         return [list(self.read_parts(rank, world_size).values()) for rank in range(world_size)]
 
-    def write_shard(self, table: pa.Table, rank: int = 0, world_size: int = 1) -> None:
-        """Writes the shard of process `rank` at once; `table` as from `token_table`."""
-        _check_columns(table, "table")
-        self.unfinished.mkdir(parents=True, exist_ok=True)
-        write_parquet(self._shard(rank, world_size), [table])
+    def discard_empty(self) -> None:
+        """Remove what `create` made, unless a process has kept a part already."""
+        if self.unfinished.exists() and not any(self.unfinished.rglob("*.parquet")):
+            shutil.rmtree(self.unfinished)
 
     def finish(self, meta: Mapping[str, Any], num_shards: int = 1) -> Path:
-        """Moves the shards into place and writes run.json; to be called once, when every shard has been
-        written.
+        """Move the shards, all of which must be written, into place and write run.json; return its path.
 
         `meta` holds the run.json keys apart from schema_version, kind, created and num_shards, which are
-        added here. Returns the path of run.json. ValueError when a key or a shard is missing.
+        added here. ValueError when a key or a shard is missing.
         """
         own = {
             "schema_version": SCHEMA_VERSION,
@@ -242,10 +227,9 @@ class RunFolder:
 
 
 def read_run(path: str | os.PathLike) -> Run:
-    """Reads and validates a run folder.
+    """Read and validate a run folder.
 
-    ValueError, naming the file, for anything missing, damaged, of another schema version or at odds with
-    run.json.
+    ValueError, naming the file, for anything missing, damaged, of another schema version or at odds with run.json.
     """
     path = Path(path)
     meta = _read_meta(path)
@@ -269,22 +253,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         state = "an interrupted run (resume it)" if (path / UNFINISHED).exists() else "no run"
         raise ValueError(f"run folder {str(path)!r} has no {META_FILE}: it holds {state}")
     meta = read_json(file)
-    if not isinstance(meta, dict) or meta.get("kind") != KIND:
-        raise ValueError(f"{str(file)!r} does not describe a run of kind {KIND!r}")
-    if meta.get("schema_version") != SCHEMA_VERSION:
-        got = meta.get("schema_version")
-        raise ValueError(f"{str(file)!r} has schema_version {got!r}, this version reads {SCHEMA_VERSION}")
-    absent = [key for key in META_KEYS if key not in meta]
-    if absent:
-        raise ValueError(f"{str(file)!r} lacks the keys {absent}")
-    layers = meta["model"].get("ttt_layers") if isinstance(meta["model"], dict) else None
-    if not isinstance(layers, list) or not layers:
-        raise ValueError(f"{str(file)!r}: model.ttt_layers must be a non-empty list, got {layers!r}")
-    for key in ("freezing", "documents"):
-        if not isinstance(meta[key], list) or not all(isinstance(entry, dict) for entry in meta[key]):
-            raise ValueError(f"{str(file)!r}: {key} must be a list of objects")
-    if not isinstance(meta["num_shards"], int) or meta["num_shards"] < 1:
-        raise ValueError(f"{str(file)!r}: num_shards must be a positive integer, got {meta['num_shards']!r}")
+    check_meta(meta, repr(str(file)))
     return meta
 
 
@@ -329,11 +298,8 @@ def _check_columns(table: pa.Table, where: str) -> None:
 
 
 def _check_documents(path: Path, meta: dict[str, Any], tokens: pd.DataFrame) -> None:
-    try:
-        announced = {int(entry["document"]): int(entry["tokens"]) for entry in meta["documents"]}
-        total = int(meta["totals"]["tokens"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{str(path / META_FILE)!r}: documents or totals is malformed ({error!r})") from error
+    announced = {entry["document"]: entry["tokens"] for entry in meta["documents"]}
+    total = meta["totals"]["tokens"]
     if len(tokens) != total:
         raise ValueError(f"run folder {str(path)!r} holds {len(tokens)} tokens, {META_FILE} announces {total}")
     found = tokens.groupby("document", sort=True).size().to_dict()
@@ -345,10 +311,20 @@ def _check_documents(path: Path, meta: dict[str, Any], tokens: pd.DataFrame) -> 
 
 
 def _refuse_other_arguments(begun: dict[str, Any], wanted: dict[str, Any]) -> None:
+    begun, wanted = _flat(begun), _flat(wanted)
     differing = sorted(key for key in begun.keys() | wanted.keys() if begun.get(key) != wanted.get(key))
     if differing:
         detail = ", ".join(f"{key}: {begun.get(key)!r} -> {wanted.get(key)!r}" for key in differing)
         raise ValueError(f"cannot resume with other arguments ({detail}); use the same ones or overwrite")
+
+
+def _flat(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same with `outer.inner` as the keys of objects in it."""
+    flat: dict[str, Any] = {}
+    for key, value in arguments.items():
+        inner = value if isinstance(value, dict) and value else {"": value}
+        flat |= {f"{key}.{name}" if name else key: entry for name, entry in inner.items()}
+    return flat
 
 
 def _to_lists(name: str, values: np.ndarray) -> pa.FixedSizeListArray:

@@ -1,11 +1,13 @@
 """Tables about per-token plasticity by bucket: levels, contrasts, contrasts adjusted for position.
 
-Arrays in, one `pandas.DataFrame` out. N tokens in reading order, L layers. Intervals come from a block
-bootstrap (`interp.resampling`): the column `unit` says what was resampled and `blocks` how many of these
-hold tokens of the row. Values that are not finite are left out; geometric means and logarithms also leave
-out values not above 0 (frozen layers). What has no tokens is NaN with count 0; an interval from fewer than
-two blocks is NaN. Column `layer` is the layer's index, or `POOLED` for the root of the sum of squares over
-all layers given.
+Arrays in, one `pandas.DataFrame` out. N tokens in reading order, L layers. Values that are not finite are left
+out; geometric means and logarithms also leave out values not above 0 (frozen layers). What has no tokens is NaN
+with count 0; an interval from fewer than two blocks is NaN. Column `layer` is the layer's index, or `POOLED` for
+the root of the sum of squares over all layers given.
+
+Intervals come from a block bootstrap (`interp.resampling`). Four columns say how: `unit` is what was resampled,
+`blocks` how many of these hold tokens of the row, `documents` how many documents they come from, `confidence` the
+coverage aimed at. Only where `unit` is "documents" do intervals speak about other documents.
 """
 
 from collections.abc import Sequence
@@ -15,10 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp._columns import POOLED, check_arrays, layer_columns, log_positive, with_intervals
+from interp._columns import POOLED, check_arrays, layer_columns, provenance, with_intervals
 from interp.bucketing import BUCKET_NAMES, Bucket
 from interp.resampling import (
     DEFAULT_BOOTSTRAP,
+    Blocks,
     Bootstrap,
     Estimate,
     Resampler,
@@ -26,6 +29,7 @@ from interp.resampling import (
     cell_sums,
     divide,
     interval,
+    log_positive,
     make_blocks,
 )
 from interp.time_course import freezing_effects, perplexity_by_index, surprisal_correlation, temporal_decay
@@ -59,14 +63,17 @@ def bucket_stats(
     layers: Sequence[int] | None = None,
     boot: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> pd.DataFrame:
-    """Level of plasticity in every layer and bucket.
+    """Give the level of plasticity in every layer and bucket.
 
     plasticity [N, L]; buckets [N], values of `Bucket`; documents [N]. Columns: layer, bucket (name), count,
-    mean, median and ratio (geometric mean over that of SYNTAX), each with _low and _high; unit, blocks.
+    mean, median and ratio (geometric mean over that of `reference`), each with _low and _high; reference
+    (SYNTAX, or the largest bucket where no token is SYNTAX), unit, blocks, documents, confidence.
     """
     plasticity, layers, buckets, documents = check_arrays(plasticity, layers, buckets=buckets, documents=documents)
     blocks = make_blocks(documents, boot)
     draw = Resampler(blocks, boot)
+    sizes = np.bincount(buckets, minlength=_BUCKETS)
+    reference = int(Bucket.SYNTAX) if sizes[Bucket.SYNTAX] else int(sizes.argmax())
     tables = []
     for layer, values in layer_columns(plasticity, layers):
         sums, counts = cell_sums(values, buckets, _BUCKETS, blocks)
@@ -78,13 +85,14 @@ def bucket_stats(
             "mean": (divide(sums.sum(0), counts.sum(0)), draw.means(sums, counts), used),
             "median": (medians, draw.medians(values, buckets, _BUCKETS), used),
             "ratio": (
-                np.exp(log_mean - log_mean[Bucket.SYNTAX]),
-                np.exp(log_draws - log_draws[:, [Bucket.SYNTAX]]),
-                np.minimum(used_log, used_log[Bucket.SYNTAX]),
+                np.exp(log_mean - log_mean[reference]),
+                np.exp(log_draws - log_draws[:, [reference]]),
+                np.minimum(used_log, used_log[reference]),
             ),
         }
         table = {"layer": layer, "bucket": list(BUCKET_NAMES), "count": counts.sum(0).astype(np.int64)}
-        tables.append(pd.DataFrame(table | with_intervals(columns, boot) | {"unit": blocks.unit, "blocks": used}))
+        table |= with_intervals(columns, boot) | {"reference": BUCKET_NAMES[reference]}
+        tables.append(pd.DataFrame(table | provenance(blocks, used, boot)))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -97,11 +105,12 @@ def bucket_contrast(
     layers: Sequence[int] | None = None,
     boot: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> pd.DataFrame:
-    """Difference between buckets in every layer, for all six pairs or the given ones.
+    """Compare buckets in every layer, for all six pairs or the given ones.
 
     plasticity [N, L]; buckets [N]; documents [N]; pairs of `Bucket` values (a, b). Columns: layer, bucket_a,
     bucket_b, count_a, count_b, ratio (geometric mean of a over that of b) and difference (of means, a - b),
-    each with _low and _high, hedges_g, cliffs_delta (both positive if a is larger); unit, blocks.
+    each with _low and _high, hedges_g and cliffs_delta (both positive if a is larger); unit, blocks, documents
+    and confidence.
     """
     plasticity, layers, buckets, documents = check_arrays(plasticity, layers, buckets=buckets, documents=documents)
     pairs = _check_pairs(pairs)
@@ -128,8 +137,7 @@ def bucket_contrast(
             **with_intervals(columns, boot),
             "hedges_g": [_hedges_g(groups[x], groups[y]) for x, y in pairs],
             "cliffs_delta": [_cliffs_delta(groups[x], groups[y]) for x, y in pairs],
-            "unit": blocks.unit,
-            "blocks": used,
+            **provenance(blocks, used, boot),
         }
         tables.append(pd.DataFrame(table))
     return pd.concat(tables, ignore_index=True)
@@ -146,13 +154,13 @@ def adjusted_contrast(
     layers: Sequence[int] | None = None,
     boot: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> pd.DataFrame:
-    """Difference between buckets at like positions, as novelty and plasticity both fall over a document.
+    """Compare buckets at like positions, as novelty and plasticity both fall over a document.
 
     Logarithms are compared within strata (`position_strata`) and averaged with weights n_a n_b / (n_a + n_b):
     least squares with one intercept per stratum. positions [N]: 0-based, in the document.
 
     Columns: layer, bucket_a, bucket_b, count_a and count_b (tokens in strata that hold both), strata (how
-    many do), raw_ratio (all tokens), ratio (adjusted) with _low and _high; unit, blocks.
+    many do), raw_ratio (all tokens), ratio (adjusted) with _low and _high; unit, blocks, documents, confidence.
     """
     plasticity, layers, buckets, documents, positions = check_arrays(
         plasticity, layers, buckets=buckets, documents=documents, positions=positions
@@ -168,12 +176,12 @@ def adjusted_contrast(
         logs, counts = (x.reshape(blocks.count, *shape) for x in cells)
         draws = draw.sums(logs), draw.sums(counts)
         for pair in pairs:
-            rows.append({"layer": layer} | _adjusted_pair(logs, counts, draws, pair, boot, blocks.unit))
+            rows.append({"layer": layer} | _adjusted_pair(logs, counts, draws, pair, boot, blocks))
     return pd.DataFrame(rows)
 
 
 def position_strata(positions: Any, mini_batch_size: int) -> np.ndarray:
-    """Stratum of every token, int64 [N]: half an octave of the mini-batch's index x place within it."""
+    """Give the stratum of every token, int64 [N]: half an octave of the mini-batch's index x place within it."""
     if mini_batch_size < 1:
         raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
     positions = np.asarray(positions).astype(np.int64)
@@ -187,7 +195,7 @@ def _adjusted_pair(
     draws: tuple[np.ndarray, np.ndarray],
     pair: tuple[int, int],
     boot: Bootstrap,
-    unit: str,
+    blocks: Blocks,
 ) -> dict[str, Any]:
     a, b = pair
     total, number = logs.sum(0), counts.sum(0)
@@ -205,8 +213,7 @@ def _adjusted_pair(
         "ratio": float(np.exp(_within_strata(total, number, a, b))),
         "ratio_low": float(np.exp(low)),
         "ratio_high": float(np.exp(high)),
-        "unit": unit,
-        "blocks": used,
+        **provenance(blocks, used, boot),
     }
 
 

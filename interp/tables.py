@@ -8,12 +8,13 @@ positions and windows in tokens. Intervals (columns `_low` and `_high`) are thos
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from interp._columns import pooled_plasticity
 from interp.bucketing import BUCKET_NAMES
 from interp.files import write_text
 from interp.run_folder import Run
@@ -33,10 +34,12 @@ from interp.statistics import (
 )
 
 __all__ = [
+    "ALL_TOKENS",
     "BUCKET_NAMES",
     "MAX_COLUMNS",
     "POOLED",
     "UNFROZEN",
+    "WORD_STARTS",
     "BucketTables",
     "PerplexityTables",
     "RunTables",
@@ -55,6 +58,8 @@ __all__ = [
 MAX_COLUMNS = 1000
 MAX_WINDOWS = 40
 UNFROZEN = "nothing frozen"
+ALL_TOKENS = "all"
+WORD_STARTS = "word starts"
 _MAX_CELLS = 60
 _TREND_BINS = 10
 
@@ -87,11 +92,15 @@ class SurprisalTables:
 
 @dataclass(frozen=True)
 class BucketTables:
-    """`means`: `interp.statistics.bucket_stats`. `contrasts`: every pair of buckets of `bucket_contrast`, with
+    """Levels per layer and bucket, and every pair of buckets compared.
 
-    `apart`: whether the ratio's interval excludes 1 even when its confidence is shared out among the six pairs of a
-    layer (Bonferroni); adjusted, adjusted_low, adjusted_high: the ratio among tokens at like positions
-    (`adjusted_contrast`).
+    `means`: `interp.statistics.bucket_stats`. `contrasts`: `bucket_contrast`, with adjusted, adjusted_low and
+    adjusted_high (the ratio among tokens at like positions, `adjusted_contrast`), apart and adjusted_apart:
+    whether the interval of the ratio, and of the adjusted one, excludes 1 even when its confidence is shared
+    out among the six pairs of a layer (Bonferroni).
+
+    Column `tokens` of both: `ALL_TOKENS`, or `WORD_STARTS` for the first token of every word and the tokens
+    outside words. New words have more tokens than known ones, and a word's later tokens differ from its first.
     """
 
     means: pd.DataFrame
@@ -100,9 +109,10 @@ class BucketTables:
 
 @dataclass(frozen=True)
 class PerplexityTables:
-    """Per freezing configuration, `UNFROZEN` first: `curve` (`perplexity_by_index`, and documents per
-    window), `effects` (`freezing_effects`) and `answers`, the same on answer tokens only; None when the run
-    has none.
+    """Loss per freezing configuration, `UNFROZEN` first.
+
+    `curve`: `perplexity_by_index`, where `documents` counts those that reach the window. `effects`:
+    `freezing_effects`. `answers`: the same on answer tokens only, None when the run has none.
     """
 
     curve: pd.DataFrame
@@ -120,7 +130,7 @@ class RunTables:
     perplexity: PerplexityTables
 
     def frames(self) -> dict[str, pd.DataFrame]:
-        """Every table under the name of its file."""
+        """Give every table under the name of its file."""
         frames = {
             "plasticity_by_time": self.time.plasticity,
             "plasticity_decay": self.time.decay,
@@ -138,7 +148,7 @@ class RunTables:
 
 
 def run_tables(run: Run, *, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> RunTables:
-    """All tables of a run."""
+    """Compute all tables of a run."""
     return RunTables(
         time_tables(run, boot=boot),
         surprisal_tables(run, boot=boot),
@@ -148,7 +158,7 @@ def run_tables(run: Run, *, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> RunTables:
 
 
 def save_tables(frames: Mapping[str, pd.DataFrame], folder: str | os.PathLike) -> list[Path]:
-    """Writes each table as `<name>.csv` into an existing folder, with POOLED spelt out; returns the paths."""
+    """Write each table as `<name>.csv` into an existing folder, with POOLED spelt out; return the paths."""
     paths = []
     for name, frame in frames.items():
         if "layer" in frame:
@@ -160,8 +170,8 @@ def save_tables(frames: Mapping[str, pd.DataFrame], folder: str | os.PathLike) -
 
 
 def time_tables(run: Run, *, max_columns: int = MAX_COLUMNS, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> TimeTables:
-    """Plasticity by layer and token index, in at most `max_columns` stretches of whole mini-batches."""
-    position, width = _stretches(run, max_columns)
+    """Average plasticity by layer and token index, in at most `max_columns` stretches of whole mini-batches."""
+    position, width = _columns_of(run, max_columns)
     stretch = position // width
     count = int(stretch.max()) + 1
     finite = np.isfinite(run.plasticity)
@@ -183,9 +193,7 @@ def time_tables(run: Run, *, max_columns: int = MAX_COLUMNS, boot: Bootstrap = D
 
 
 def surprisal_tables(run: Run, *, lag: int = 0, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> SurprisalTables:
-    """Surprisal of the token `lag` places before against plasticity; correlations for lags -1, 0, 1 and
-    `lag`.
-    """
+    """Set surprisal of the token `lag` places before against plasticity; correlate at lags -1, 0, 1 and `lag`."""
     document, position = run.tokens["document"].to_numpy(), run.tokens["position"].to_numpy()
     surprisal = run.tokens.groupby("document", sort=False)["loss"].shift(lag).to_numpy(dtype=np.float64)
     plasticity = pooled_plasticity(run.plasticity)
@@ -195,7 +203,7 @@ def surprisal_tables(run: Run, *, lag: int = 0, boot: Bootstrap = DEFAULT_BOOTST
         document,
         position,
         lags=sorted({-1, 0, 1, lag}),
-        strata=position_strata(position, _mini_batch_size(run)),
+        strata=position_strata(position, run.meta["model"]["mini_batch_size"]),
         layers=run.ttt_layers,
         boot=boot,
     )
@@ -206,35 +214,26 @@ def surprisal_tables(run: Run, *, lag: int = 0, boot: Bootstrap = DEFAULT_BOOTST
 
 
 def bucket_tables(run: Run, *, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> BucketTables:
-    """Plasticity per layer and bucket, and every pair of buckets with and without adjusting for position."""
-    bucket, document = run.tokens["bucket"], run.tokens["document"]
-    options = {"layers": run.ttt_layers, "boot": boot}
-    means = bucket_stats(run.plasticity, bucket, document, **options)
-    contrasts = bucket_contrast(run.plasticity, bucket, document, **options)
-    shared = replace(boot, confidence=1 - (1 - boot.confidence) / math.comb(len(BUCKET_NAMES), 2))
-    wide = bucket_contrast(run.plasticity, bucket, document, layers=run.ttt_layers, boot=shared)
-    contrasts["apart"] = (wide["ratio_low"] > 1) | (wide["ratio_high"] < 1)
-    adjusted = adjusted_contrast(
-        run.plasticity,
-        bucket,
-        document,
-        run.tokens["position"],
-        mini_batch_size=_mini_batch_size(run),
-        **options,
-    )
-    keys = ["layer", "bucket_a", "bucket_b"]
-    names = {"ratio": "adjusted", "ratio_low": "adjusted_low", "ratio_high": "adjusted_high"}
-    adjusted = adjusted[[*keys, *names]].rename(columns=names)
-    return BucketTables(means, contrasts.merge(adjusted, on=keys, how="left", validate="one_to_one"))
+    """Compare plasticity per layer and bucket, and every pair of buckets with and without adjusting for position."""
+    starts = (run.tokens["is_word_start"] | (run.tokens["word_id"] < 0)).to_numpy()
+    views = {ALL_TOKENS: run.plasticity, WORD_STARTS: np.where(starts[:, None], run.plasticity, np.nan)}
+    means, contrasts = [], []
+    for tokens, plasticity in views.items():
+        table = bucket_stats(
+            plasticity, run.tokens["bucket"], run.tokens["document"], layers=run.ttt_layers, boot=boot
+        )
+        means.append(table.assign(tokens=tokens))
+        contrasts.append(_contrasts(run, plasticity, boot).assign(tokens=tokens))
+    return BucketTables(pd.concat(means, ignore_index=True), pd.concat(contrasts, ignore_index=True))
 
 
 def perplexity_tables(
     run: Run, *, max_windows: int = MAX_WINDOWS, boot: Bootstrap = DEFAULT_BOOTSTRAP
 ) -> PerplexityTables:
-    """Perplexity by token index, cost of freezing, and cost of freezing on the answers."""
+    """Compute perplexity by token index and the cost of freezing, on all tokens and on the answers."""
     losses = loss_columns(run)
     documents = run.tokens["document"]
-    position, window = _stretches(run, max_windows)
+    position, window = _columns_of(run, max_windows)
     curve = perplexity_by_index(losses, documents, position, window=window, boot=boot)
     reached = documents.groupby(position // window).nunique().to_numpy()
     curve["documents"] = np.tile(reached, len(losses))
@@ -248,44 +247,44 @@ def perplexity_tables(
 
 
 def loss_columns(run: Run) -> dict[str, np.ndarray]:
-    """Surprisal of every token, float64 [N] in nats, per configuration; tokens that lack one of them are NaN
-    in all.
-    """
+    """Give surprisal of every token, float64 [N] in nats, per configuration; NaN in all where one is missing."""
     stacked = np.column_stack([run.tokens["loss"].to_numpy(), run.loss_frozen]).astype(np.float64)
     stacked[~np.isfinite(stacked).all(axis=1)] = np.nan
-    names = [UNFROZEN]
-    for entry in run.freezing:
-        if "name" not in entry:
-            raise ValueError(f"run {str(run.path)!r}: freezing configurations need a name, got {entry}")
-        name = str(entry["name"])
-        names.append(name if name not in names else f"{name} (configuration {len(names)})")
+    if np.isnan(stacked).all():
+        raise ValueError(f"run {str(run.path)!r}: no token has a finite loss in every configuration")
+    names = [UNFROZEN, *(entry["name"] for entry in run.freezing)]
+    if UNFROZEN in names[1:]:
+        raise ValueError(f"run {str(run.path)!r}: no freezing configuration may be called {UNFROZEN!r}")
     return dict(zip(names, stacked.T, strict=True))
 
 
-def pooled_plasticity(plasticity: np.ndarray) -> np.ndarray:
-    """Plasticity of all layers together, float64 [N]: the root of the sum of squares over the columns of [N,
-    L].
-    """
-    return np.sqrt(np.square(plasticity, dtype=np.float64).sum(axis=1))
+def _contrasts(run: Run, plasticity: np.ndarray, boot: Bootstrap) -> pd.DataFrame:
+    """Every pair of buckets, as in `BucketTables.contrasts`."""
+    where = {"buckets": run.tokens["bucket"], "documents": run.tokens["document"], "layers": run.ttt_layers}
+    like = {**where, "positions": run.tokens["position"], "mini_batch_size": run.meta["model"]["mini_batch_size"]}
+    shared = boot.shared(math.comb(len(BUCKET_NAMES), 2))
+    contrasts = bucket_contrast(plasticity, **where, boot=boot)
+    contrasts["apart"] = _excludes_one(bucket_contrast(plasticity, **where, boot=shared))
+    adjusted = adjusted_contrast(plasticity, **like, boot=boot)
+    adjusted["adjusted_apart"] = _excludes_one(adjusted_contrast(plasticity, **like, boot=shared))
+    keys = ["layer", "bucket_a", "bucket_b"]
+    names = {"ratio": "adjusted", "ratio_low": "adjusted_low", "ratio_high": "adjusted_high"}
+    adjusted = adjusted[[*keys, *names, "adjusted_apart"]].rename(columns=names)
+    return contrasts.merge(adjusted, on=keys, how="left", validate="one_to_one")
 
 
-def _mini_batch_size(run: Run) -> int:
-    size = run.meta["model"].get("mini_batch_size")
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"run {str(run.path)!r}: model.mini_batch_size must be a positive integer, got {size!r}")
-    return size
+def _excludes_one(table: pd.DataFrame) -> pd.Series:
+    return (table["ratio_low"] > 1) | (table["ratio_high"] < 1)
 
 
-def _stretches(run: Run, most: int) -> tuple[np.ndarray, int]:
-    """Positions, and the width of at most `most` stretches that begin at mini-batches, so that none mixes
-    phases unequally.
-    """
+def _columns_of(run: Run, most: int) -> tuple[np.ndarray, int]:
+    """Positions, and the width of at most `most` columns of whole mini-batches, so that none mixes phases."""
     if most < 1:
         raise ValueError(f"the number of columns or windows must be at least 1, got {most}")
     if len(run.tokens) == 0:
         raise ValueError(f"run {str(run.path)!r} has no tokens")
     position = run.tokens["position"].to_numpy()
-    size = _mini_batch_size(run)
+    size = run.meta["model"]["mini_batch_size"]
     batches = -(-(int(position.max()) + 1) // size)
     return position, size * -(-batches // most)
 
@@ -317,7 +316,7 @@ def _log_borders(values: np.ndarray) -> np.ndarray:
 
 def _trend(surprisal: np.ndarray, plasticity: np.ndarray, documents: np.ndarray, boot: Bootstrap) -> pd.DataFrame:
     finite = np.isfinite(surprisal)
-    names = ("surprisal", "plasticity", "plasticity_low", "plasticity_high", "tokens")
+    names = ("surprisal", "plasticity", "plasticity_low", "plasticity_high", "tokens", "unit", "confidence")
     if not finite.any():
         return pd.DataFrame({name: np.zeros(0) for name in names})
     edges = np.unique(np.quantile(surprisal[finite], np.arange(1, _TREND_BINS) / _TREND_BINS))
@@ -328,5 +327,7 @@ def _trend(surprisal: np.ndarray, plasticity: np.ndarray, documents: np.ndarray,
         mean = block_bootstrap_ci(
             np.where(inside, plasticity, np.nan), documents, statistic="geometric_mean", boot=boot
         )
-        rows.append((np.median(surprisal[inside]), mean.value, mean.low, mean.high, mean.count))
+        rows.append(
+            (np.median(surprisal[inside]), mean.value, mean.low, mean.high, mean.count, mean.unit, boot.confidence)
+        )
     return pd.DataFrame(rows, columns=names)

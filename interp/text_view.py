@@ -16,6 +16,7 @@ from interp.bucketing import BUCKET_NAMES
 from interp.files import write_text
 from interp.run_folder import Run
 from interp.tables import pooled_plasticity
+from interp.wording import count_of
 
 MAX_TOKENS = 8192
 MAX_DOCUMENTS = 8
@@ -32,16 +33,13 @@ def write_text_view(
     max_tokens: int = MAX_TOKENS,
     max_documents: int = MAX_DOCUMENTS,
 ) -> Path:
-    """Writes the page of `render_text_view` as UTF-8 to `path` and returns it; an older file is replaced in
-    one step.
-    """
+    """Write the page of `render_text_view` as UTF-8 to `path`, replacing an older file in one step; return it."""
     write_text(path, render_text_view(run, max_tokens=max_tokens, max_documents=max_documents))
     return Path(path)
 
 
 def render_text_view(run: Run, *, max_tokens: int = MAX_TOKENS, max_documents: int = MAX_DOCUMENTS) -> str:
-    """HTML page with the tokens of the first `max_documents` documents, each up to its first `max_tokens`
-    tokens.
+    """Make an HTML page with the first `max_tokens` tokens of each of the first `max_documents` documents.
 
     Layer (or all layers pooled), bucket, document and colour scale are chosen in the page; it needs no other
     file and no network, and what it leaves out it says. Every text of the run is escaped. ValueError when a
@@ -53,7 +51,7 @@ def render_text_view(run: Run, *, max_tokens: int = MAX_TOKENS, max_documents: i
     template = _TEMPLATE.read_text(encoding="utf-8")
     fields = {
         "policy": _content_policy(template),
-        "title": html.escape(f"Plasticity over the text: {run.meta['model'].get('id', 'unnamed model')}"),
+        "title": html.escape(f"Plasticity over the text: {run.model_name}"),
         "about": _about(run, max_documents),
         "definitions": _definitions(run.meta["definitions"]),
         "data": _script_json(_payload(run, max_tokens, max_documents)),
@@ -62,10 +60,9 @@ def render_text_view(run: Run, *, max_tokens: int = MAX_TOKENS, max_documents: i
 
 
 def visible_token(text: str) -> str:
-    """`text` with control and direction characters replaced by visible stand-ins; tab and newline stay.
+    """Replace control and direction characters by visible stand-ins; tab and newline stay.
 
-    C0 controls become their Unicode control pictures; others (C1, direction overrides, zero-width spaces)
-    become ⟨U+XXXX⟩.
+    C0 controls become their Unicode pictures; others (C1, direction overrides, zero-width spaces) ⟨U+XXXX⟩.
     """
     return "".join(_visible_character(character) for character in text)
 
@@ -88,13 +85,13 @@ def _payload(run: Run, max_tokens: int, max_documents: int) -> dict[str, Any]:
     kept = (run.tokens["position"] < max_tokens) & (run.tokens["document"].rank(method="dense") <= max_documents)
     names = ["all layers pooled", *(f"layer {layer}" for layer in run.ttt_layers)]
     shown = series[kept.to_numpy()]
-    titles = {int(entry["document"]): str(entry.get("name", "")) for entry in run.meta["documents"]}
+    titles = {entry["document"]: entry["name"] for entry in run.meta["documents"]}
     documents = []
     for index, rows in run.tokens[kept].groupby("document", sort=True):
         total = int((run.tokens["document"] == index).sum())
         documents.append(
             {
-                "name": visible_token(f"{index}: {titles.get(index) or 'unnamed'}"),
+                "name": visible_token(f"{index}: {titles[index] or 'unnamed'}"),
                 "note": _cut_note(len(rows), total),
                 "tokens": [visible_token(token) for token in rows["token"]],
                 "bucket": rows["bucket"].tolist(),
@@ -113,9 +110,7 @@ def _payload(run: Run, max_tokens: int, max_documents: int) -> dict[str, Any]:
 
 
 def _colour_edges(values: np.ndarray) -> dict[str, list[float] | None]:
-    """Inner borders of the colours by quantile and by logarithm (0.5% cut off at both ends), or None for an
-    all-zero series.
-    """
+    """Inner borders of the colours by quantile and by logarithm (0.5% cut off at both ends); None if all are 0."""
     positive = values[np.isfinite(values) & (values > 0)]
     if positive.size == 0:
         return {"rank": None, "log": None}
@@ -133,12 +128,11 @@ def _cut_note(shown: int, total: int) -> str:
 def _about(run: Run, max_documents: int) -> str:
     meta = run.meta
     total = len(meta["documents"])
-    documents = f"{total} document{'s' if total != 1 else ''}"
+    documents = count_of(total, "document")
     if total > max_documents:
         documents = f"the first {max_documents} of {total} documents (the rest is left out of this page)"
     lines = [
-        f"Model {meta['model'].get('id', 'unnamed')}, corpus {meta['corpus'].get('dataset_type', 'unnamed')}, "
-        f"{documents}.",
+        f"Model {run.model_name}, corpus {meta['corpus'].get('dataset_type', 'unnamed')}, {documents}.",
         "Colour shows how much each token writes into the inner weights of the chosen layer; underlined tokens are "
         "answers. Point at a token, or focus the text and press the left and right arrow keys, for its numbers.",
     ]
@@ -159,9 +153,7 @@ def _rounded(values: np.ndarray) -> list[float | None]:
 
 
 def _script_json(payload: dict[str, Any]) -> str:
-    """JSON in ASCII without `<`, `>`, `&` and `/`, so that no text can end the script element or form an
-    address.
-    """
+    """JSON in ASCII without `<`, `>`, `&` and `/`: no text can end the script element or form an address."""
     text = json.dumps(payload, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character, escape in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("/", "\\/")):
         text = text.replace(character, escape)

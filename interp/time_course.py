@@ -1,7 +1,7 @@
 """Tables about reading a document: decay of plasticity, its tie to surprisal, perplexity by tokens read.
 
-Conventions as in `interp.statistics`: N tokens in reading order, block bootstrap with `unit` and `blocks` in
-every row, NaN with count 0 where there is nothing.
+Conventions as in `interp.statistics`: N tokens in reading order, block bootstrap with `unit`, `blocks`,
+`documents` and `confidence` in every row, NaN with count 0 where there is nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from interp._columns import check_arrays, check_vector, layer_columns, log_positive, with_intervals
+from interp._columns import check_arrays, check_vector, layer_columns, provenance, with_intervals
 from interp.resampling import (
     DEFAULT_BOOTSTRAP,
     Bootstrap,
     Resampler,
+    aligned_blocks,
     cell_sums,
     divide,
+    log_positive,
     make_blocks,
 )
 
@@ -33,11 +35,12 @@ def temporal_decay(
     layers: Sequence[int] | None = None,
     boot: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> pd.DataFrame:
-    """Plasticity in the first n tokens of a document against its last n and its second half ("steady").
+    """Compare plasticity in the first n tokens of a document with its last n and its second half ("steady").
 
     plasticity [N, L]; documents, positions [N]. Documents shorter than 2 n tokens are left out. Columns:
-    layer, comparison ("first/last" or "first/steady"), documents, tokens_first, tokens_reference,
-    mean_first, mean_reference, ratio (of these means) with _low and _high; unit, blocks.
+    layer, comparison ("first/last" or "first/steady"), tokens_first, tokens_reference, mean_first,
+    mean_reference, ratio (of these means) with _low and _high (NaN for a single document, see
+    `interp.resampling.aligned_blocks`); unit, blocks, documents, confidence.
     """
     plasticity, layers, documents, positions = check_arrays(
         plasticity, layers, documents=documents, positions=positions
@@ -50,7 +53,7 @@ def temporal_decay(
     for comparison, reference in references.items():
         chosen = (length >= 2 * n) & ((positions < n) | reference)
         window = reference[chosen].astype(np.int64)
-        blocks = make_blocks(documents[chosen], boot, windows=window)
+        blocks = aligned_blocks(documents[chosen], window, boot)
         draw = Resampler(blocks, boot)
         for layer, values in layer_columns(plasticity[chosen], layers):
             sums, counts = cell_sums(values, window, 2, blocks)
@@ -60,14 +63,15 @@ def temporal_decay(
             row = {
                 "layer": layer,
                 "comparison": comparison,
-                "documents": len(np.unique(documents[chosen])),
                 "tokens_first": int(tokens[0]),
                 "tokens_reference": int(tokens[1]),
                 "mean_first": first,
                 "mean_reference": later,
-                **with_intervals({"ratio": (divide(first, later), divide(draws[:, 0], draws[:, 1]), used)}, boot),
-                "unit": blocks.unit,
-                "blocks": used,
+                # Stretches at one place of several documents vary as much as the documents do.
+                **with_intervals(
+                    {"ratio": (divide(first, later), divide(draws[:, 0], draws[:, 1]), blocks.documents)}, boot
+                ),
+                **provenance(blocks, used, boot),
             }
             rows.append(row)
     return pd.DataFrame(rows)
@@ -85,7 +89,7 @@ def surprisal_correlation(
     layers: Sequence[int] | None = None,
     boot: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> pd.DataFrame:
-    """Correlation of a token's plasticity with the surprisal of the token `lag` places before it.
+    """Correlate a token's plasticity with the surprisal of the token `lag` places before it.
 
     surprisal [N]: -log p of the token itself given those before it, in nats. Lag 0 is the token's own
     surprisal, lag -1 that of the next token. strata [N]: integers; their means are removed for the partial
@@ -93,7 +97,8 @@ def surprisal_correlation(
     whose plasticity is used.
 
     Columns: layer, lag, count, pearson_log (both as logarithms), spearman and partial (Pearson on logarithms
-    within strata), each with _low and _high; unit, blocks. Ranks are taken once, over the whole sample.
+    within strata), each with _low and _high; unit, blocks, documents, confidence. Ranks are taken once, over
+    the whole sample.
     """
     plasticity, layers, documents, positions = check_arrays(
         plasticity, layers, documents=documents, positions=positions
@@ -121,7 +126,7 @@ def surprisal_correlation(
                 for name, m in moments.items()
             }
             row = {"layer": layer, "lag": lag, "count": int(both.sum())} | with_intervals(columns, boot)
-            rows.append(row | {"unit": blocks.unit, "blocks": columns["spearman"][2]})
+            rows.append(row | provenance(blocks, columns["spearman"][2], boot))
     return pd.DataFrame(rows)
 
 
@@ -133,13 +138,13 @@ def perplexity_by_index(
     window: int = 256,
     boot: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> pd.DataFrame:
-    """Perplexity against the number of tokens read, for each configuration.
+    """Give perplexity against the number of tokens read, for each configuration.
 
     losses: {configuration: surprisal of each token [N] in nats}; documents, positions [N]; window in tokens.
     One row per configuration and window of every document together. Columns: configuration, position (tokens
     read at the window's end), count (tokens in the window), cumulative (perplexity of everything up to
-    there) and windowed (of the window alone), each with _low and _high; unit, blocks. Configurations share
-    their resamples.
+    there) and windowed (of the window alone), each with _low and _high; unit, blocks, documents, confidence.
+    Configurations share their resamples.
     """
     documents, positions = np.asarray(documents), np.asarray(positions)
     tokens = len(documents)
@@ -168,18 +173,18 @@ def perplexity_by_index(
             "windowed": (np.exp(divide(sums.sum(0), counts.sum(0))), np.exp(divide(total, number)), used),
         }
         head = {"configuration": name, "position": ends, "count": counts.sum(0).astype(np.int64)}
-        tables.append(pd.DataFrame(head | with_intervals(columns, boot) | {"unit": blocks.unit, "blocks": used}))
+        tables.append(pd.DataFrame(head | with_intervals(columns, boot) | provenance(blocks, used, boot)))
     return pd.concat(tables, ignore_index=True)
 
 
 def freezing_effects(
     losses: Mapping[str, Any], documents: Any, *, baseline: str, boot: Bootstrap = DEFAULT_BOOTSTRAP
 ) -> pd.DataFrame:
-    """Mean loss of each configuration, and how much it lies above the baseline's on the same tokens.
+    """Give the mean loss of each configuration, and how much it lies above the baseline's on the same tokens.
 
     losses: {configuration: surprisal of each token [N] in nats}, the baseline among them; documents [N].
     Columns: configuration, count (tokens with both losses), mean_loss, perplexity, delta (nats per token)
-    with _low and _high; unit, blocks.
+    with _low and _high; unit, blocks, documents, confidence.
     """
     if baseline not in losses:
         raise ValueError(f"baseline must be one of {list(losses)}, got {baseline!r}")
@@ -197,7 +202,7 @@ def freezing_effects(
         mean = float(divide(np.nansum(loss), tokens))
         delta = (float(divide(sums.sum(), tokens)), draw.means(sums, counts)[:, 0], used)
         row = {"configuration": name, "count": tokens, "mean_loss": mean, "perplexity": float(np.exp(mean))}
-        rows.append(row | with_intervals({"delta": delta}, boot) | {"unit": blocks.unit, "blocks": used})
+        rows.append(row | with_intervals({"delta": delta}, boot) | provenance(blocks, used, boot))
     return pd.DataFrame(rows)
 
 

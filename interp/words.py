@@ -149,7 +149,7 @@ class Words:
 
 
 def token_strings(tokenizer: Any, ids: Any) -> list[str]:
-    """Text of each token for display, each on its own: bytes that are no UTF-8 by themselves show as U+FFFD.
+    """Give the text of each token for display, on its own: bytes that are no UTF-8 by themselves show as U+FFFD.
 
     Special tokens show their own name. `tokenizer` may be a TokenTable.
     """
@@ -160,7 +160,7 @@ def token_strings(tokenizer: Any, ids: Any) -> list[str]:
 
 
 def token_bytes(tokenizer: Any, ids: Any) -> list[bytes]:
-    """Bytes of each token of a text that starts at the first id; joined they are the UTF-8 text.
+    """Give the bytes of each token of a text that starts at the first id; joined they are the UTF-8 text.
 
     Special tokens give b"". A leading space which the tokenizer adds to every text is left out of the first
     token, as in the tokenizer's own decoding. `tokenizer` may be a TokenTable.
@@ -176,13 +176,13 @@ def token_bytes(tokenizer: Any, ids: Any) -> list[bytes]:
 
 
 def byte_lengths(tokenizer: Any, ids: Any) -> np.ndarray:
-    """Length in bytes of each token of a text, int64 [T]; nats per byte = sum of losses / sum of lengths."""
+    """Count the bytes of each token of a text, int64 [T]; nats per byte = sum of losses / sum of lengths."""
     pieces = token_bytes(tokenizer, ids)
     return np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
 
 
 def normalise(word: str) -> str:
-    """NFKC, case folding, U+0027 for every apostrophe."""
+    """Apply NFKC and case folding, and write every apostrophe as U+0027."""
     folded = unicodedata.normalize("NFKC", word).casefold()
     return unicodedata.normalize("NFKC", folded).translate(_APOSTROPHES)
 

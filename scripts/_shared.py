@@ -1,5 +1,6 @@
 """What every script does in the same way: parse, seed, log, place its results, fail."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -14,10 +15,14 @@ Arguments = TypeVar("Arguments")
 
 
 def option(default: Any = MISSING, help: str = "", aliases: Sequence[str] = (), **settings: Any) -> Any:
-    """A field of an arguments dataclass: default (a required option without), help text, other names.
+    """Make a field of an arguments dataclass: default (a required option without), help text, other names.
 
-    A list as default makes an option with one or several values.
+    A list as default makes an option with one or several values. The help names the default, unless it is an
+    absent value or the text speaks of it itself.
     """
+    absent = default is MISSING or default is None or default is False or default == []
+    if not absent and "default" not in help:
+        help = f"{help} (default: {default})"
     metadata = {"help": help.replace("%", "%%"), **settings}
     if aliases:
         metadata["aliases"] = list(aliases)
@@ -27,17 +32,17 @@ def option(default: Any = MISSING, help: str = "", aliases: Sequence[str] = (), 
 
 
 def repeated(help: str = "", aliases: Sequence[str] = ()) -> Any:
-    """A `list[str]` field whose option may be given several times, each time with one or several values."""
+    """Make a `list[str]` field whose option may be given several times, each time with one or several values."""
     return option([], help, aliases, action="append")
 
 
 def parse(cls: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
-    """The options of the command line as an instance of the dataclass `cls`, whose docstring introduces
-    --help.
+    """Read the command line into an instance of the dataclass `cls`, whose docstring introduces --help.
 
     Unknown and abbreviated options end the program with status 2.
     """
-    parser = HfArgumentParser(cls, description=cls.__doc__, allow_abbrev=False)
+    layout = {"description": cls.__doc__, "formatter_class": argparse.HelpFormatter}
+    parser = HfArgumentParser(cls, allow_abbrev=False, **layout)
     arguments, rest = parser.parse_args_into_dataclasses(
         list(sys.argv[1:] if argv is None else argv), return_remaining_strings=True, look_for_args_file=False
     )
@@ -51,7 +56,7 @@ def parse(cls: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
 
 
 def prepare(seed: int, is_main_process: bool = True) -> None:
-    """Seeds python, numpy and torch, lets only the main process log below warnings, hides loading bars."""
+    """Seed python, numpy and torch, let only the main process log below warnings, hide loading bars."""
     set_seed(seed)
     transformers_logging.disable_progress_bar()
     level = logging.INFO if is_main_process else logging.WARNING
@@ -63,15 +68,14 @@ def prepare(seed: int, is_main_process: bool = True) -> None:
 
 
 def run_folder(exp_dir: str, exp_name: str) -> Path:
-    """`<exp_dir>/<exp_name>`; ValueError when the name is not a plain one."""
+    """Name the folder `<exp_dir>/<exp_name>`; ValueError when the name is not a plain one."""
     if not exp_name or exp_name in (".", "..") or "/" in exp_name or "\\" in exp_name:
         raise ValueError(f"exp_name must be a plain folder name, got {exp_name!r}")
     return Path(exp_dir) / exp_name
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs a script: its status is what `main` returns, or 1 with one line when what it was given is
-    wrong."""
+    """Run a script: its status is what `main` returns, or 1 with one line when what it was given is wrong."""
     try:
         status = main()
     except (ValueError, TypeError, OSError) as error:

@@ -1,12 +1,12 @@
-"""Checks a run folder and prints one line per check; ends with status 1 when a check fails.
+"""Check a run folder and print one line per check; end with status 1 when a check fails.
 
     python scripts/check_results.py results/demo
     python scripts/check_results.py results/demo --require_decay
 
 SUCCESS and FAILED lines are checks that a healthy run must pass: the folder can be read, shapes, finite values,
-buckets, totals, layers that write, freezing that has an effect, and buckets that can be told apart in some layer
-(switched off with --no_require_buckets, for runs of few tokens or untrained models). FINDING lines report what
-may be either way.
+buckets, totals, layers that write, freezing that has an effect, and buckets that can be told apart at like
+positions in some layer (a FINDING with --allow_equal_buckets, for runs of few tokens or untrained models). FINDING
+lines report what may be either way.
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ class CheckArguments:
     """Check a run folder; the status is 1 when a check fails."""
 
     run_folder: str = option(help="folder with run.json and tokens-*.parquet")
-    require_buckets: bool = option(True, "fail when no two buckets can be told apart in any layer")
+    allow_equal_buckets: bool = option(False, "do not fail when no two buckets can be told apart in any layer")
     require_decay: bool = option(False, "fail unless plasticity falls from the first to the last 100 tokens")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the checks; returns 1 when one failed."""
+    """Print the checks; return 1 when one failed."""
     arguments = parse_with_folder(CheckArguments, argv)
     results = run_checks(
         arguments.run_folder,
-        require_buckets=arguments.require_buckets,
+        require_buckets=not arguments.allow_equal_buckets,
         require_decay=arguments.require_decay,
     )
     for result in results:

@@ -1,4 +1,4 @@
-"""Lets a TTT model read documents and leaves a run folder: surprisal, bucket and plasticity of every token.
+"""Let a TTT model read documents and leave a run folder: surprisal, bucket and plasticity of every token.
 
     python scripts/run_inference.py --model model_cards/ttt-linear-tiny --exp_name demo
     accelerate launch scripts/run_inference.py --model <Hub id> --dataset_type pg19 --seq_length 32768
@@ -31,8 +31,10 @@ from typing import Any, Literal
 from _shared import option, parse, prepare, repeated, run, run_folder
 from accelerate import PartialState
 
+from interp.bucketing import bundled_stop_lists
 from interp.collect import collect
-from interp.corpora import DATASET_TYPES, load_corpus
+from interp.corpora import DATASET_TYPES, USED_OPTIONS, load_corpus
+from interp.files import read_text
 from interp.freezing import parse_freezing, ttt_layers
 from interp.loading import load_model, load_tokenizer, parse_overrides
 from interp.needle import FILLERS, NeedleOptions
@@ -44,8 +46,7 @@ log = logging.getLogger("run_inference")
 
 @dataclass
 class InferenceArguments:
-    """Read documents with a TTT model and leave a run folder with surprisal, bucket and plasticity of every
-    token."""
+    """Read documents with a TTT model; leave a run folder with surprisal, bucket and plasticity of every token."""
 
     model: str = option(help="folder or Hub id of the model", aliases=["--load_checkpoint"])
     revision: str | None = option(None, "branch, tag or commit of a Hub model")
@@ -60,9 +61,9 @@ class InferenceArguments:
     dataset_path: list[str] = option([], "files, a folder, or a dataset id")
     dataset_config: str | None = option(None, "configuration name of a dataset")
     dataset_split: str | None = option(None, "split of a dataset (default: validation)")
-    text_column: str = option("text", "column of a dataset that holds the text")
+    text_column: str | None = option(None, "column of a dataset that holds the text (default: text)")
     seq_length: int = option(2048, "most tokens per document")
-    max_chars: int | None = option(None, "most characters read of each text (default: 200000 or 16 seq_length)")
+    max_chars: int | None = option(None, "most characters read of each text (default: 200000 or what is needed)")
     pieces_per_text: int | None = option(None, "most documents cut from each text (default: 1 for datasets)")
     max_steps: int = option(10, "batches; max_steps x batch_size documents are read in all")
     batch_size: int = option(1, "documents read at a time", aliases=["--global_batch_size"])
@@ -74,7 +75,7 @@ class InferenceArguments:
     needle_filler_text: str | None = option(None, "text file for filler 'text' (default: Python's reference)")
 
     freeze: list[str] = repeated("another pass with these layers frozen: all, 2,3 or 0-1; may be repeated")
-    stop_words: str = option("en", "bundled stop list, or a file with a word per line")
+    stop_words: str = option("en", "bundled stop list, or a file with a word per line, # for comments")
     numbers: Literal["content", "other"] = option("content", "whether numbers are content words or OTHER")
     min_lag: int = option(0, "tokens back from which on an earlier occurrence counts as seen")
 
@@ -86,19 +87,31 @@ class InferenceArguments:
     quick_test: bool = option(False, "at most 2 documents of 256 tokens, to see that everything works")
 
 
+# Options of the corpus by what they are called in `load_corpus`.
+CORPUS_NAMES = {
+    "dataset_path": "path",
+    "dataset_config": "config_name",
+    "dataset_split": "split",
+    "text_column": "text_column",
+    "max_chars": "max_chars",
+    "pieces_per_text": "pieces_per_text",
+    "needle_depth": "needle",
+    "needle_filler": "needle",
+    "needle_value_length": "needle",
+    "needle_filler_text": "needle",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(InferenceArguments, argv)
+    check_arguments(arguments)
     if arguments.quick_test:
         arguments.seq_length = min(arguments.seq_length, 256)
         arguments.max_steps, arguments.batch_size = min(arguments.max_steps, 2), 1
     state = PartialState(cpu=arguments.device == "cpu")
     prepare(arguments.seed, state.is_main_process)
-    folder = run_folder(arguments.exp_dir, arguments.exp_name or _default_name(arguments))
-    tokenizer = load_tokenizer(
-        arguments.tokenizer_name or arguments.model,
-        revision=None if arguments.tokenizer_name else arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    name = _default_name(arguments) if arguments.exp_name is None else arguments.exp_name
+    folder = run_folder(arguments.exp_dir, name)
     model = load_model(
         arguments.model,
         revision=arguments.revision,
@@ -107,6 +120,11 @@ def main(argv: list[str] | None = None) -> int:
         trust_remote_code=arguments.trust_remote_code,
         config=arguments.load_model_config,
         overrides=parse_overrides(arguments.config),
+    )
+    tokenizer = load_tokenizer(
+        arguments.tokenizer_name or arguments.model,
+        revision=None if arguments.tokenizer_name else arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
     )
     corpus = corpus_options(arguments)
     layers = ttt_layers(model.config)
@@ -132,12 +150,26 @@ def main(argv: list[str] | None = None) -> int:
         progress=state.is_main_process,
     )
     if state.is_main_process:
-        summarise(folder, arguments.max_steps * arguments.batch_size)
+        summarise(folder, arguments.dataset_type, arguments.max_steps * arguments.batch_size)
     return 0
 
 
+def check_arguments(arguments: InferenceArguments) -> None:
+    """Refuse, under the names of the options, numbers below 1 and options that the dataset type does not use."""
+    for name in ("max_steps", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+    used = USED_OPTIONS[arguments.dataset_type]
+    given = [name for name in CORPUS_NAMES if getattr(arguments, name) not in (None, [])]
+    useless = [name for name in given if CORPUS_NAMES[name] not in used]
+    if useless:
+        raise ValueError(f"dataset_type {arguments.dataset_type!r} has no use for {', '.join(useless)}")
+    if arguments.dataset_type in ("text", "tokens", "hub") and not arguments.dataset_path:
+        raise ValueError(f"dataset_type {arguments.dataset_type!r} needs dataset_path")
+
+
 def corpus_options(arguments: InferenceArguments) -> dict[str, Any]:
-    """Arguments of `load_corpus`, apart from the tokenizer."""
+    """Give the arguments of `load_corpus`, apart from the tokenizer."""
     paths = arguments.dataset_path
     return {
         "dataset_type": arguments.dataset_type,
@@ -155,7 +187,7 @@ def corpus_options(arguments: InferenceArguments) -> dict[str, Any]:
 
 
 def describe_corpus(corpus: dict[str, Any]) -> dict[str, Any]:
-    """The same for run.json, with the hash of a filler text instead of the text."""
+    """Give the same for run.json, with the hash of a filler text instead of the text."""
     if corpus["needle"] is None:
         return corpus
     needle = asdict(corpus["needle"])
@@ -164,17 +196,19 @@ def describe_corpus(corpus: dict[str, Any]) -> dict[str, Any]:
     return {**corpus, "needle": needle}
 
 
-def summarise(folder: Path, documents_wanted: int) -> None:
-    """Prints what the run holds."""
+def summarise(folder: Path, dataset_type: str, documents_wanted: int) -> None:
+    """Print what the run holds."""
     run = read_run(folder)
     totals = run.meta["totals"]
     print(f"{folder}: {totals['documents']} documents, {totals['tokens']} tokens")
     if totals["documents"] < documents_wanted:
-        log.warning("the corpus has only %d of %d documents", totals["documents"], documents_wanted)
+        limits = [name for name in ("max_chars", "pieces_per_text") if name in USED_OPTIONS[dataset_type]]
+        hint = f"; more may come with a larger {' or '.join(limits)}" if limits else ""
+        log.warning("the corpus has only %d of %d documents%s", totals["documents"], documents_wanted, hint)
     per_byte = totals["nats_per_byte"]
     print(f"loss {_number(totals['mean_loss'])} nats per token, {_number(per_byte)} nats per byte")
     for freezing, loss in zip(run.freezing, totals["mean_loss_frozen"], strict=True):
-        print(f"loss {_number(loss)} nats per token with layers {freezing['name']} frozen")
+        print(f"loss {_number(loss)} nats per token with {_frozen(freezing)} frozen")
     if run.tokens["is_answer"].any():
         answer = run.tokens.loc[run.tokens["is_answer"], "loss"].mean()
         print(f"loss {answer:.4f} nats per answer token")
@@ -194,13 +228,19 @@ def _needle_options(arguments: InferenceArguments) -> NeedleOptions | None:
         "value_length": arguments.needle_value_length,
     }
     if arguments.needle_filler_text:
-        given["filler_text"] = Path(arguments.needle_filler_text).read_text(encoding="utf-8")
+        given["filler_text"] = read_text(arguments.needle_filler_text)
     given = {name: value for name, value in given.items() if value is not None}
     return NeedleOptions(**given) if given else None
 
 
-def _stop_words(name: str) -> str | list[str]:
-    return Path(name).read_text(encoding="utf-8").split() if Path(name).is_file() else name
+def _stop_words(name: str) -> str | Path:
+    return name if name in bundled_stop_lists() or not Path(name).is_file() else Path(name)
+
+
+def _frozen(freezing: dict[str, Any]) -> str:
+    if freezing["name"] == "all":
+        return "all layers"
+    return f"layer{'s' if len(freezing['layers']) > 1 else ''} {freezing['name']}"
 
 
 def _number(value: float | None) -> str:

@@ -1,12 +1,14 @@
 import random
 import time
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from interp.bucketing import BUCKET_NAMES, Bucket, bucket_tokens, load_stop_words
+import interp
+from interp.bucketing import BUCKET_NAMES, Bucket, bucket_tokens, bundled_stop_lists, load_stop_words
 from interp.words import TokenTable
 from tests.interp import tiny_tokenizers
 
@@ -217,6 +219,25 @@ def test_any_iterable_serves_as_stop_list(tokenizer):
     assert result.meta["stop_words"] == "custom" and result.meta["stop_words_version"] is None
     assert load_stop_words(["b", "a"]).sha256 == load_stop_words(iter(["A", "B"])).sha256
     assert set(bucket_tokens(ids, tokenizer, stop_words=[]).labels.tolist()) <= {NOVELTY, OTHER}
+
+
+def test_a_file_of_stop_words_is_read_like_the_bundled_list(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("# Some words, version 7\n\n# articles\nThe\n  a \n", encoding="utf-8-sig")
+    stops = load_stop_words(file)
+    assert (stops.name, stops.version, stops.words) == ("mine.txt", "7", {"the", "a"})
+    bundled = Path(interp.__path__[0]) / "stop_words" / "en.txt"
+    assert load_stop_words(bundled).words == load_stop_words("en").words
+    assert load_stop_words(bundled).sha256 == load_stop_words("en").sha256
+    assert bundled_stop_lists() == ["en"]
+    file.write_text("one\ntwo words\n")
+    with pytest.raises(ValueError, match="mine.txt' must hold one word per line, got 'two words'"):
+        load_stop_words(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="mine.txt' is not UTF-8"):
+        load_stop_words(file)
+    with pytest.raises(ValueError, match="absent.txt' cannot be read"):
+        load_stop_words(tmp_path / "absent.txt")
 
 
 def test_the_bundled_list_holds_closed_class_words_only():

@@ -4,6 +4,8 @@ import dataclasses
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from interp.checks import (
@@ -20,7 +22,8 @@ from interp.checks import (
     run_checks,
 )
 from interp.run_folder import META_FILE
-from interp.statistics import Bootstrap
+from interp.statistics import Bootstrap, bucket_contrast
+from interp.wording import excludes
 from tests.interp.planted_run import planted_run
 
 BOOT = Bootstrap(n_boot=200)
@@ -76,7 +79,6 @@ def test_shapes_must_be_those_of_run_json(run):
         "plasticity is [2048, 1]" in check_shapes(dataclasses.replace(run, plasticity=run.plasticity[:, :1])).message
     )
     assert not check_shapes(dataclasses.replace(run, loss_frozen=run.loss_frozen[:, :1])).passed
-    assert not check_shapes(dataclasses.replace(run, freezing=[{"name": "x"}] * 2)).passed
     short = dataclasses.replace(run, tokens=run.tokens[run.tokens["position"] < 1])
     assert "fewer than 2 tokens" in check_shapes(short).message
 
@@ -132,6 +134,9 @@ def test_an_empty_bucket_fails(run):
         ({"mean_loss": None}, "mean_loss: run.json has None"),
         ({"documents": 3}, "documents: run.json has 3, the tokens give 4"),
         ({"mean_loss_frozen": [0.0, 0.0]}, "mean_loss_frozen of 'first'"),
+        ({"mean_loss_frozen": [None, None]}, "mean_loss_frozen of 'all': run.json has None"),
+        ({"nats_per_byte": 0.1}, "nats_per_byte: run.json has 0.1"),
+        ({"nats_per_byte": None}, "nats_per_byte: run.json has None"),
     ],
 )
 def test_totals_must_agree_with_the_tokens(run, values, words):
@@ -140,12 +145,44 @@ def test_totals_must_agree_with_the_tokens(run, values, words):
     assert not result.passed and words in result.message
 
 
+def test_nats_per_byte_rest_on_the_bytes_of_the_documents(run):
+    documents = [{**entry, "bytes": entry["bytes"] + 100} for entry in run.meta["documents"]]
+    other = dataclasses.replace(run, meta={**run.meta, "documents": documents})
+    assert "nats_per_byte" in check_totals(other).message
+    none = dataclasses.replace(run, meta={**run.meta, "documents": [{**e, "bytes": 0} for e in documents]})
+    assert "its documents have no bytes" in check_totals(none).message
+
+
 def test_a_layer_that_never_writes_must_be_a_frozen_one(tmp_path):
     run = planted_run(tmp_path / "run", silent_layers=[1])
     assert "layer 1 has plasticity 0 at all 2,048 tokens" in check_active_layers(run).message
     assert check_active_layers(with_meta(run, "model", frozen_layers=[1])).passed
     both = check_active_layers(with_meta(run, "model", frozen_layers=[0, 1]))
     assert not both.passed and "layer 0 is frozen but has plasticity" in both.message
+
+
+def test_what_the_model_has_frozen_may_not_write(tmp_path):
+    silent = planted_run(tmp_path / "silent", silent_layers=[1])
+    assert check_active_layers(with_meta(silent, "model", frozen_heads={"1": [0, 1]})).passed
+    assert (
+        "layer 1 has plasticity 0" in check_active_layers(with_meta(silent, "model", frozen_heads={"1": [0]})).message
+    )
+    nothing = planted_run(tmp_path / "nothing", silent_layers=[0, 1])
+    assert check_active_layers(with_meta(nothing, "model", frozen_from=0)).passed
+    assert "frozen from token 100 but" in check_active_layers(with_meta(silent, "model", frozen_from=100)).message
+    silent.plasticity[silent.tokens["position"] >= 100] = 0
+    assert check_active_layers(with_meta(silent, "model", frozen_from=100, frozen_layers=[1])).passed
+
+
+@pytest.mark.parametrize(
+    "frozen", [{"frozen_layers": [0, 1]}, {"frozen_heads": {"0": [0, 1], "1": [1, 0]}}, {"frozen_from": 0}]
+)
+def test_freezing_what_the_model_has_frozen_already_changes_nothing(run, frozen):
+    same = np.repeat(run.tokens["loss"].to_numpy()[:, None], 2, axis=1)
+    assert check_freezing(with_meta(dataclasses.replace(run, loss_frozen=same), "model", **frozen)).passed
+    assert (
+        "only layers that are frozen already but changes" in check_freezing(with_meta(run, "model", **frozen)).message
+    )
 
 
 def test_freezing_must_change_the_loss_and_nothing_else(run):
@@ -161,8 +198,21 @@ def test_freezing_must_change_the_loss_and_nothing_else(run):
 def test_buckets_that_cannot_be_told_apart_fail_unless_allowed(tmp_path):
     run = planted_run(tmp_path / "run")
     result = next(r for r in run_checks(run.path, boot=BOOT) if r.name == "buckets differ")
-    assert result.failed and result.message.startswith("0 of 18 pairs told apart")
+    assert result.failed and result.message.startswith("0 of 18 pairs told apart at like positions, at 95%")
     assert not any(r.failed for r in run_checks(run.path, require_buckets=False, boot=BOOT))
+
+
+def test_buckets_that_differ_by_position_alone_are_not_told_apart(tmp_path):
+    run = planted_run(tmp_path / "run", documents=24, position_only=True)
+    raw = bucket_contrast(run.plasticity, run.tokens["bucket"], run.tokens["document"], boot=BOOT)
+    assert excludes(raw.set_index(["layer", "bucket_a", "bucket_b"]).loc[0, "NOVELTY", "SYNTAX"], "ratio", 1.0)
+    result = check_buckets_differ(run, boot=BOOT)
+    assert not result.passed and "over all positions 1." in result.message
+
+
+def test_a_difference_beyond_position_is_told_apart(tmp_path):
+    run = planted_run(tmp_path / "run", documents=24, position_only=True, bucket_factor=(1, 1, 1.2, 1))
+    assert check_buckets_differ(run, boot=BOOT).passed
 
 
 def test_one_layer_with_a_difference_is_enough(tmp_path):
@@ -198,8 +248,33 @@ def test_a_finding_cannot_fail():
     assert not CheckResult("x", False, "", required=False).failed and CheckResult("x", False, "").failed
 
 
-def test_malformed_totals_fail_instead_of_raising(run):
+@pytest.mark.parametrize(
+    ("key", "name", "value"),
+    [
+        ("totals", "mean_loss_frozen", 5),
+        ("totals", "mean_loss_frozen", []),
+        ("model", "frozen_layers", 5),
+        ("model", "ttt_layers", ["a", "b"]),
+        ("model", "mini_batch_size", None),
+        ("freezing", 0, {"name": "all", "layers": 3}),
+        ("freezing", 0, {"name": "all", "layers": [[1]]}),
+        ("documents", 0, {"document": 0, "name": "d", "tokens": 512.7, "bytes": 1}),
+    ],
+)
+def test_malformed_entries_fail_instead_of_raising(run, key, name, value):
     meta = json.loads((run.path / META_FILE).read_text())
-    meta["totals"] = {"tokens": 2048}
+    meta[key][name] = value
     (run.path / META_FILE).write_text(json.dumps(meta))
-    assert [r.name for r in run_checks(run.path, boot=BOOT) if r.failed] == ["totals"]
+    (result,) = run_checks(run.path, boot=BOOT)
+    assert result.failed and result.name == "folder" and key in result.message
+
+
+def test_a_failed_partition_ends_the_checks_of_a_folder(run):
+    file = run.path / "tokens-00000-of-00001.parquet"
+    table = pq.read_table(file)
+    bucket = table.column("bucket").to_numpy().copy()
+    bucket[10] = 7
+    pq.write_table(table.set_column(4, "bucket", pa.array(bucket)), file)
+    results = run_checks(run.path, boot=BOOT)
+    assert [r.name for r in results if r.failed] == ["bucket partition"] == [results[-1].name]
+    assert "first value 7" in results[-1].message

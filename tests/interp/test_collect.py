@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from interp.bucketing import bucket_tokens
-from interp.collect import collect
+from interp.collect import _fingerprint, collect
 from interp.corpora import Document, load_corpus
 from interp.freezing import Freezing, freezing_multiplier
 from interp.reader import evaluation_mode, read_batch
@@ -102,15 +102,32 @@ def test_run_json_says_what_was_run(tokenizer, model, documents, whole):
     assert meta["model"]["ttt_layers"] == [0, 1] and meta["model"]["mini_batch_size"] == 4
     assert meta["model"]["dtype"] == "float64" and meta["model"]["num_heads"] == 2
     assert meta["freezing"] == [{"name": "all", "layers": [0, 1]}, {"name": "1", "layers": [1]}]
-    assert meta["documents"][1] == {"document": 1, "name": "d1", "tokens": 5}
+    sizes = [len(tokenizer.decode(d.input_ids[1:]).encode()) for d in documents]
+    assert meta["documents"][1] == {"document": 1, "name": "d1", "tokens": 5, "bytes": sizes[1]}
+    assert [entry["bytes"] for entry in meta["documents"]] == sizes
     assert meta["totals"]["mean_loss"] == pytest.approx(losses.mean(), rel=1e-6)
     assert meta["totals"]["mean_loss_frozen"] == pytest.approx(
         np.nanmean(whole.loss_frozen, axis=0).tolist(), rel=1e-6
     )
-    size = sum(len(tokenizer.decode(d.input_ids[1:]).encode()) for d in documents)
-    assert meta["totals"]["nats_per_byte"] == pytest.approx(losses.sum() / size, rel=1e-6)
+    assert meta["totals"]["nats_per_byte"] == pytest.approx(losses.sum() / sum(sizes), rel=1e-6)
     assert meta["bucketing"]["stop_words"] == "en" and meta["seed"] == 3 and meta["versions"]["torch"]
     assert len(meta["model"]["config_hash"]) == 64
+    assert [meta["model"][key] for key in ("frozen_layers", "frozen_heads", "frozen_from")] == [[], {}, None]
+
+
+def test_run_json_says_what_the_configuration_freezes(tokenizer, documents, tmp_path):
+    settings = {"frozen_layers": [1], "frozen_heads": {0: [1]}, "frozen_from": 30}
+    collect(make_model(tokenizer, **settings), tokenizer, documents[:1], tmp_path)
+    run = read_run(tmp_path)
+    assert {key: run.meta["model"][key] for key in settings} == {**settings, "frozen_heads": {"0": [1]}}
+    assert (run.plasticity[:30, 0] > 0).all() and (run.plasticity[30:] == 0).all()
+
+
+def test_words_count_as_seen_across_special_tokens_inside_a_document(tokenizer, model, tmp_path):
+    ids = np.array([0, *tokenizer("king", add_special_tokens=False)["input_ids"]])
+    collect(model, tokenizer, [Document("packed", np.concatenate([ids, ids]))], tmp_path)
+    buckets = read_run(tmp_path).tokens["bucket"].tolist()
+    assert buckets == [3, 2, 2, 2, 2, 3, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("segment_length", [1, 3, 16, 49])
@@ -175,6 +192,56 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tokenizer, model, documents
     assert len(calls) == 2 * (1 + len(FREEZING))
     assert_same_run(read_run(tmp_path), whole)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run.json", "tokens-00000-of-00001.parquet"]
+
+
+def test_a_run_does_not_go_on_with_other_weights(tokenizer, model, documents, tmp_path):
+    with pytest.raises(RuntimeError, match="stopped"):
+        collect(model, tokenizer, interrupted(documents, 2), tmp_path)
+    torch.manual_seed(0)
+    other = make_model(tokenizer, torch.float64).eval()
+    begun = collect(other, tokenizer, documents, tmp_path / "same")
+    with torch.no_grad():
+        other.model.norm.weight[3] += 1e-6
+    with pytest.raises(ValueError, match="cannot resume with other arguments .model.weights_fingerprint: "):
+        collect(other, tokenizer, documents, tmp_path, resume=True)
+    collect(model, tokenizer, documents, tmp_path, resume=True)
+    fingerprints = {read_run(folder).meta["model"]["weights_fingerprint"] for folder in (tmp_path, begun.parent)}
+    assert len(fingerprints) == 1
+
+
+def test_the_fingerprint_sees_every_parameter_of_any_dtype(tokenizer):
+    model = make_model(tokenizer).to(torch.bfloat16)
+    prints = {_fingerprint(model)}
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.add_(1)
+        prints.add(_fingerprint(model))
+    assert len(prints) == 1 + len(list(model.parameters()))
+    assert _fingerprint(model.to("meta")) == _fingerprint(make_model(tokenizer).to("meta"))
+
+
+def broken(documents):
+    raise ValueError("this corpus cannot be read")
+    yield from documents
+
+
+def test_a_run_that_fails_before_its_first_batch_does_not_block_the_next(tokenizer, model, documents, tmp_path):
+    small = make_model(tokenizer, vocab_size=50)
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="cannot be read"):
+        collect(model, tokenizer, broken(documents), folder)
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="outside the model's vocabulary"):
+        collect(small, tokenizer, documents, folder)
+    collect(model, tokenizer, documents[:1], folder)
+    with pytest.raises(ValueError, match="outside the model's vocabulary"):
+        collect(small, tokenizer, documents, folder, overwrite=True)
+    assert read_run(folder).meta["totals"]["documents"] == 1
+
+
+def test_two_freezings_of_one_name_are_refused(tokenizer, model, documents, tmp_path):
+    with pytest.raises(ValueError, match=r"must differ, got \['1', '1'\]"):
+        collect(model, tokenizer, documents, tmp_path, freezing=[FREEZING[1], FREEZING[1]])
 
 
 def test_no_call_is_longer_than_a_segment(tokenizer, model, documents, tmp_path):

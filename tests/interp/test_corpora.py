@@ -93,10 +93,39 @@ def test_documents_are_made_as_they_are_asked_for(tmp_path, tokenizer):
         next(documents)
 
 
+def test_a_long_text_is_read_as_far_as_documents_are_asked_for(tmp_path, tokenizer):
+    text = "it was the best of times and " * 9000
+    assert len(text) > 260_000
+    file = write(tmp_path / "book.txt", text)
+    whole = len(tokenizer(text, add_special_tokens=False)["input_ids"]) // 2000
+    for wanted in (None, whole + 5):
+        documents = list(load_corpus("text", tokenizer, path=file, seq_length=2001, max_documents=wanted))
+        assert len(documents) == whole
+    limited = list(load_corpus("text", tokenizer, path=file, seq_length=2001, max_chars=100_000))
+    assert len(limited) < whole // 2
+
+
+def test_of_a_dataset_as_much_is_read_as_one_document_needs(tmp_path, tokenizer):
+    pq.write_table(pa.table({"text": ["the " * 150_000]}), tmp_path / "long.parquet")
+    (document,) = load_corpus("hub", tokenizer, path=tmp_path / "long.parquet", seq_length=250_000)
+    assert len(document.input_ids) == 250_000
+
+
+def test_short_texts_between_others_are_skipped_with_one_warning(tmp_path, tokenizer, caplog):
+    files = [write(tmp_path / f"{i}.txt", text) for i, text in enumerate(["", TEXT, "x", TEXT, "\ufeff"])]
+    documents = list(load_corpus("text", tokenizer, path=tmp_path, seq_length=64, max_documents=3))
+    assert [document.name for document in documents] == ["1.txt", "3.txt", "1.txt [1]"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "skipped 3 text(s) shorter than two tokens: '0.txt', '2.txt', '4.txt'"
+    ]
+    with pytest.raises(ValueError, match="no text of two tokens or more: '0.txt', '2.txt' shorter"):
+        list(load_corpus("text", tokenizer, path=[files[0], files[2]]))
+
+
 @pytest.mark.parametrize("text", ["", "x"])
 def test_a_text_shorter_than_two_tokens_is_refused(tmp_path, tokenizer, text):
     file = write(tmp_path / "tiny.txt", text)
-    with pytest.raises(ValueError, match="'tiny.txt' is shorter than two tokens"):
+    with pytest.raises(ValueError, match="no text of two tokens or more: 'tiny.txt' shorter than two tokens"):
         list(load_corpus("text", tokenizer, path=file))
 
 
@@ -187,6 +216,7 @@ WRONG = [
     ({"dataset_type": "pydoc", "max_documents": 0}, "max_documents must be at least 1"),
     ({"dataset_type": "pydoc", "path": "x"}, "has no use for {'path': 'x'}"),
     ({"dataset_type": "needle", "split": "test"}, "has no use for {'split': 'test'}"),
+    ({"dataset_type": "text", "path": "x", "text_column": "body"}, "has no use for {'text_column': 'body'}"),
     ({"dataset_type": "text"}, "needs path"),
     ({"dataset_type": "text", "path": "absent.txt"}, "'absent.txt' does not exist"),
     ({"dataset_type": "hub"}, "needs path"),

@@ -28,6 +28,12 @@ def test_all_means_every_ttt_layer():
         parse_freezing("1-3", [1, 3])
 
 
+@pytest.mark.parametrize("text", ["foo", "", "al"])
+def test_what_is_no_choice_of_layers_is_refused_with_all_that_is_allowed(text):
+    with pytest.raises(ValueError, match="a freezing is 'all' or a choice of layers: layers are given as '2,3'"):
+        parse_freezing(text, [1, 3])
+
+
 def test_the_multiplier_is_zero_at_frozen_layers_by_their_absolute_index():
     assert freezing_multiplier(Freezing("x", (3,)), [1, 3, 5]).tolist() == [[[[1.0]], [[0.0]], [[1.0]]]]
 

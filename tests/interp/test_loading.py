@@ -83,6 +83,13 @@ def test_what_is_missing_is_named(saved, tmp_path):
         load_model(saved / "ttt", dtype="int8")
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named(saved, device):
+    with pytest.raises(ValueError, match=f"device must be one that works here, got '{device}': "):
+        load_model(saved / "ttt", device=device)
+    assert load_model(saved / "ttt", device="cpu").device.type == "cpu"
+
+
 def test_a_missing_tokenizer_is_named(saved, tmp_path):
     assert load_tokenizer(saved / "ttt")("the")["input_ids"][0] == 0
     for name, message in [

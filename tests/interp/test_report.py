@@ -36,6 +36,16 @@ def test_captions_name_tables_that_exist(report):
 
 def test_the_summary_is_short_and_has_intervals(report):
     lines = report[0].summary.splitlines()
-    assert len(lines) == 2 + len(FIGURES) and lines[0].startswith("planted read 2,048 tokens of 4 documents")
+    assert len(lines) == 3 + len(FIGURES) and lines[0].startswith("planted read 2,048 tokens of 4 documents")
     assert "NOVELTY writes most" in report[0].summary
     assert all("[" in line for line in lines[1:5])
+    assert lines[5].startswith("Brackets are 95% confidence intervals")
+    assert lines[6] == "Intervals hold within these 4 documents and say nothing about others."
+
+
+def test_the_summary_names_the_confidence_and_no_path(tmp_path):
+    run = planted_run(tmp_path / "run", documents=12, tokens=40, freezing=[])
+    run.meta["model"]["id"] = "/home/someone/models/mine"
+    summary = write_report(run, tmp_path / "figures", boot=Bootstrap(n_boot=80, confidence=0.9)).summary
+    assert summary.startswith("mine read 480 tokens of 12 documents") and "someone" not in summary
+    assert "Brackets are 90%" in summary and "say nothing about others" not in summary

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from scipy.signal import lfilter
 
-from interp.resampling import Bootstrap, Resampler, block_bootstrap_ci, cell_sums, interval, make_blocks
+from interp.resampling import (
+    Bootstrap,
+    Resampler,
+    aligned_blocks,
+    block_bootstrap_ci,
+    cell_sums,
+    interval,
+    make_blocks,
+)
 
 
 def autoregressive(generator, shape, phi=0.9):
@@ -58,7 +66,7 @@ def test_blocks_never_cross_documents_or_windows():
     windowed = make_blocks(documents, windows=windows)
     for b in range(windowed.count):
         assert len(set(zip(documents[windowed.index == b], windows[windowed.index == b], strict=True))) == 1
-    drawn = Resampler(windowed, Bootstrap(n_boot=50))
+    drawn = Resampler(windowed, Bootstrap(n_boot=80))
     counts = cell_sums(np.ones(len(windows)), windows, windows.max() + 1, windowed)[1]
     blocks_per_window = np.array([(windowed.stratum == w).sum() for w in range(windows.max() + 1)])
     assert (drawn.sums((counts > 0).astype(float)) == blocks_per_window).all()
@@ -71,7 +79,7 @@ def test_means_and_medians_of_a_draw_are_those_of_the_tokens_drawn():
     documents = np.arange(6000) // 300
     group = generator.integers(0, 2, size=6000)
     blocks = make_blocks(documents)
-    draw = Resampler(blocks, Bootstrap(n_boot=20))
+    draw = Resampler(blocks, Bootstrap(n_boot=80))
     times = draw.sums(np.eye(blocks.count)).astype(int)
     means, medians = draw.means(*cell_sums(values, group, 2, blocks)), draw.medians(values, group, 2)
     for r in range(20):
@@ -107,6 +115,33 @@ def test_the_seed_decides():
     documents = np.arange(2000) // 100
     first, again, other = (block_bootstrap_ci(values, documents, boot=Bootstrap(seed=s)) for s in (1, 1, 2))
     assert first == again and first != other
+
+
+def test_draws_must_reach_beyond_the_ends_of_the_interval():
+    with pytest.raises(ValueError, match="n_boot must be at least 80 for intervals of 95%, got 79"):
+        Bootstrap(n_boot=79)
+    assert Bootstrap(n_boot=80).n_boot == 80 and Bootstrap(n_boot=8, confidence=0.5).n_boot == 8
+
+
+def test_shared_confidence_has_draws_enough():
+    shared = Bootstrap(n_boot=100).shared(6)
+    assert shared.confidence == pytest.approx(1 - 0.05 / 6) and shared.n_boot == 2000
+    assert Bootstrap(n_boot=100).shared(150).n_boot == 12000
+    assert Bootstrap(n_boot=9000).shared(6).n_boot == 9000
+
+
+def test_aligned_blocks_are_exchanged_at_the_same_place_only():
+    documents = np.repeat([4, 7, 1], [300, 200, 260])
+    windows = np.concatenate([np.arange(n) >= 100 for n in (300, 200, 260)]).astype(int)
+    blocks = aligned_blocks(documents, windows)
+    assert blocks.documents == 3 and "at the same place" in blocks.unit
+    for stratum in np.unique(blocks.stratum):
+        members = np.flatnonzero(blocks.stratum == stratum)
+        homes = [set(zip(documents[blocks.index == m], windows[blocks.index == m], strict=True)) for m in members]
+        assert len(members) == 3 and all(len(home) == 1 for home in homes)
+        assert len({document for home in homes for document, _ in home}) == 3
+    many = aligned_blocks(np.repeat(np.arange(12), 50), np.tile(np.arange(50) // 25, 12))
+    assert (many.unit, many.count, many.stratum) == ("documents", 12, None)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from interp.run_folder import RunFolder, read_run, shard_name, token_table
+from tests.interp.planted_run import run_meta
 
 
 def make_table(document, length=4, layers=2, frozen=1, seed=0):
@@ -28,27 +29,21 @@ def make_table(document, length=4, layers=2, frozen=1, seed=0):
     return token_table(columns, rng.random((length, layers), np.float32), rng.random((length, frozen), np.float32))
 
 
-def make_meta(documents, layers=2, frozen=1, length=4):
-    return {
-        "arguments": {"seed": 0},
-        "model": {"ttt_layers": list(range(layers))},
-        "tokenizer": {},
-        "corpus": {},
-        "documents": [{"document": i, "name": f"d{i}", "tokens": length} for i in documents],
-        "bucketing": {},
-        "freezing": [{"name": "all", "layers": [0, 1]}] * frozen,
-        "seed": 0,
-        "versions": {},
-        "definitions": {},
-        "totals": {"tokens": length * len(documents), "documents": len(documents)},
-    }
+def make_meta(documents, frozen=1):
+    table = pa.concat_tables([make_table(i, frozen=frozen) for i in documents])
+    return run_meta(table, [{"name": "all", "layers": [0, 1]}] * frozen)
+
+
+def write_shard(folder, table, rank=0, world_size=1):
+    folder.write_part(table, 0, rank, world_size)
+    folder.merge_parts(rank, world_size)
 
 
 def write_run(path, documents=(0, 1), world_size=1, frozen=1, **create):
     folder = RunFolder.create(path, **create)
     for rank in range(world_size):
         mine = [make_table(i, frozen=frozen) for i in documents[rank::world_size]]
-        folder.write_shard(pa.concat_tables(mine), rank, world_size)
+        write_shard(folder, pa.concat_tables(mine), rank, world_size)
     folder.finish(make_meta(documents, frozen=frozen), world_size)
     return path
 
@@ -105,7 +100,7 @@ def test_a_finished_run_is_replaced_by_a_finished_run_only(tmp_path):
         RunFolder.create(path, resume=True)
     folder = RunFolder.create(path, overwrite=True)
     assert read_run(path).meta["num_shards"] == 2
-    folder.write_shard(make_table(7))
+    write_shard(folder, make_table(7))
     assert set(read_run(path).tokens["document"]) == {0, 1}
     folder.finish(make_meta((7,)))
     assert set(read_run(path).tokens["document"]) == {7}
@@ -123,6 +118,24 @@ def test_an_interrupted_run_is_resumed_with_the_same_arguments_only(tmp_path):
     assert RunFolder.create(tmp_path, overwrite=True).read_parts() == {}
 
 
+def test_a_refused_resumption_names_the_inner_key_only(tmp_path):
+    RunFolder.create(tmp_path, arguments={"model": {"id": "m", "dtype": "float32"}, "seed": 0})
+    with pytest.raises(ValueError) as error:
+        RunFolder.create(tmp_path, arguments={"model": {"id": "m", "dtype": "float64"}, "seed": 0}, resume=True)
+    assert "(model.dtype: 'float32' -> 'float64')" in str(error.value)
+
+
+def test_only_an_unfinished_run_without_parts_is_discarded(tmp_path):
+    folder = RunFolder.create(tmp_path)
+    folder.discard_empty()
+    assert not folder.unfinished.exists()
+    folder.discard_empty()
+    folder = RunFolder.create(tmp_path)
+    folder.write_part(make_table(0), 0, rank=1, world_size=2)
+    folder.discard_empty()
+    assert list(folder.read_parts(1, 2)) == [0]
+
+
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
     folder = RunFolder.create(tmp_path)
     folder.write_part(make_table(0), 0)
@@ -136,7 +149,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 
 def test_finish_demands_every_shard_and_key(tmp_path):
     folder = RunFolder.create(tmp_path)
-    folder.write_shard(make_table(0), 0, 2)
+    write_shard(folder, make_table(0), 0, 2)
     with pytest.raises(ValueError, match="tokens-00001-of-00002.parquet"):
         folder.finish(make_meta((0,)), 2)
     with pytest.raises(ValueError, match="totals"):
@@ -155,10 +168,6 @@ def test_tables_with_wrong_columns_are_refused(tmp_path):
         token_table(columns, np.zeros((3, 2)))
     with pytest.raises(ValueError, match="plasticity must be"):
         token_table(columns, np.zeros(4))
-    with pytest.raises(ValueError, match=r"columns \['token'\] are missing"):
-        RunFolder.create(tmp_path / "a").write_shard(good.drop_columns(["token"]))
-    with pytest.raises(ValueError, match="'loss' must be float"):
-        RunFolder.create(tmp_path / "b").write_shard(good.set_column(8, "loss", pa.array([0.0] * 4)))
 
 
 def edit_meta(path, **changes):
@@ -177,19 +186,22 @@ DAMAGES = {
     "cannot be read as JSON": lambda path: (path / "run.json").write_text('{"kind": '),
     "does not describe a run": lambda path: edit_meta(path, kind="other"),
     "schema_version 2": lambda path: edit_meta(path, schema_version=2),
-    "model.ttt_layers": lambda path: edit_meta(path, model={}),
-    "num_shards must be": lambda path: edit_meta(path, num_shards="1"),
+    "num_shards must be a positive integer, got '1'": lambda path: edit_meta(path, num_shards="1"),
+    "'loss' must be float, got double": lambda path: rewrite_shard(
+        path, lambda t: t.set_column(8, "loss", pa.array([0.0] * 8))
+    ),
     "not announced": lambda path: (path / shard_name(1, 3)).write_bytes(b""),
     "announces 2 shard": lambda path: edit_meta(path, num_shards=2),
     "cannot be read as parquet": lambda path: (path / shard_name(0, 1)).write_bytes(b"PAR1 not parquet"),
     r"columns \['bucket'\] are missing": lambda path: rewrite_shard(path, lambda t: t.drop_columns(["bucket"])),
     "'plasticity' has 2 entries per token, run.json announces 3": lambda path: edit_meta(
-        path, model={"ttt_layers": [0, 1, 2]}
+        path, model={**make_meta((0, 1))["model"], "ttt_layers": [0, 1, 2]}
     ),
-    "'loss_frozen' has 1 entries per token, run.json announces 0": lambda path: edit_meta(path, freezing=[]),
+    "'loss_frozen' has 1 entries per token, run.json announces 0": lambda path: edit_meta(
+        path, freezing=[], totals={**make_meta((0, 1))["totals"], "mean_loss_frozen": []}
+    ),
     "holds 7 tokens": lambda path: rewrite_shard(path, lambda t: t.slice(1)),
-    r"documents \[1\] differ": lambda path: edit_meta(path, documents=[{"document": 0, "tokens": 4}]),
-    "malformed": lambda path: edit_meta(path, documents=[{"name": "d"}]),
+    r"documents \[1\] differ": lambda path: edit_meta(path, documents=make_meta((0, 1))["documents"][:1]),
     "without gaps": lambda path: rewrite_shard(
         path, lambda t: t.set_column(1, "position", pa.array([0, 1, 2, 3, 0, 1, 2, 2], pa.int32()))
     ),
@@ -216,6 +228,23 @@ def test_a_truncated_shard_is_refused(tmp_path):
 
 
 def test_an_interrupted_run_is_not_read(tmp_path):
-    RunFolder.create(tmp_path).write_shard(make_table(0))
+    write_shard(RunFolder.create(tmp_path), make_table(0))
     with pytest.raises(ValueError, match="interrupted run"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("owner/name", "owner/name"),
+        ("model_cards/tiny", "model_cards/tiny"),
+        ("/home/someone/mine/", "mine"),
+        ("~/mine", "mine"),
+        ("C:\\Users\\someone\\mine", "mine"),
+        ("../someone/mine", "mine"),
+    ],
+)
+def test_the_name_of_a_model_is_no_local_path(tmp_path, name, shown):
+    run = read_run(write_run(tmp_path / "run"))
+    run.meta["model"]["id"] = name
+    assert run.model_name == shown

@@ -58,7 +58,8 @@ def test_levels_are_those_of_the_tokens():
             for name in ("mean", "median", "ratio"):
                 assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
     assert set(table["unit"]) == {"documents"} and set(table["blocks"]) == {12}
-    assert table.select_dtypes("number").shape[1] == table.shape[1] - 2
+    assert set(table["documents"]) == {12} and set(table["confidence"]) == {0.95}
+    assert table.select_dtypes("number").shape[1] == table.shape[1] - 3
 
 
 def test_an_empty_bucket_is_nan_with_count_zero_and_leaves_the_others_alone():
@@ -74,6 +75,16 @@ def test_an_empty_bucket_is_nan_with_count_zero_and_leaves_the_others_alone():
     )
     assert contrast["count_a"] == 0
     assert contrast.filter(regex="ratio|difference|hedges|cliffs").isna().all()
+
+
+def test_without_syntax_the_largest_bucket_is_the_reference():
+    plasticity, bucket, document = sample(np.random.default_rng(1))
+    assert set(bucket_stats(plasticity, bucket, document, boot=FAST)["reference"]) == {"SYNTAX"}
+    bucket[bucket == SYNTAX] = OTHER
+    table = bucket_stats(plasticity, bucket, document, boot=FAST)
+    assert set(table["reference"]) == {"OTHER"}
+    assert (table.loc[table["bucket"] == "OTHER", "ratio"] == 1).all()
+    assert np.isfinite(table.loc[table["bucket"] == "NOVELTY", "ratio_low"]).all()
 
 
 def test_a_frozen_layer_has_level_zero_and_no_ratio():

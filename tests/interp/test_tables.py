@@ -8,7 +8,9 @@ import pytest
 
 from interp.statistics import POOLED, Bootstrap
 from interp.tables import (
+    ALL_TOKENS,
     UNFROZEN,
+    WORD_STARTS,
     bucket_tables,
     loss_columns,
     perplexity_tables,
@@ -62,7 +64,37 @@ def test_lag_takes_the_surprisal_of_the_token_before(tmp_path):
 
 def test_contrasts_carry_the_ratio_at_like_positions(run):
     table = bucket_tables(run, boot=BOOT).contrasts
-    assert len(table) == 3 * 6 and np.isfinite(table[["adjusted", "adjusted_low", "adjusted_high"]]).all(axis=None)
+    assert len(table) == 2 * 3 * 6 and np.isfinite(table[["adjusted", "adjusted_low", "adjusted_high"]]).all(axis=None)
+
+
+def test_word_starts_leave_out_the_later_tokens_of_words(run):
+    starts = run.tokens["is_word_start"].copy()
+    starts[run.tokens["position"] % 2 == 1] = False
+    half = dataclasses.replace(run, tokens=run.tokens.assign(is_word_start=starts))
+    tables = bucket_tables(half, boot=BOOT)
+    means = tables.means[tables.means["layer"] == 1].set_index(["tokens", "bucket"])
+    novelty = run.tokens["bucket"] == 2
+    assert means.loc[(ALL_TOKENS, "NOVELTY"), "count"] == novelty.sum()
+    assert means.loc[(WORD_STARTS, "NOVELTY"), "count"] == (novelty & starts).sum()
+    assert means.loc[(WORD_STARTS, "NOVELTY"), "mean"] == pytest.approx(run.plasticity[novelty & starts, 1].mean())
+    outside = (run.tokens["word_id"] < 0).sum()
+    assert means.loc[(WORD_STARTS, "OTHER"), "count"] == means.loc[(ALL_TOKENS, "OTHER"), "count"] == outside
+    assert set(tables.contrasts["tokens"]) == {ALL_TOKENS, WORD_STARTS}
+
+
+def test_pairs_are_told_apart_at_like_positions_only_where_plasticity_knows_the_bucket(tmp_path):
+    null = planted_run(tmp_path / "null", documents=12, position_only=True)
+    table = bucket_tables(null, boot=BOOT).contrasts
+    assert table["apart"].any() and not table["adjusted_apart"].any()
+    told = planted_run(tmp_path / "told", documents=12, position_only=True, bucket_factor=(1, 1, 1.2, 1))
+    table = bucket_tables(told, boot=BOOT).contrasts
+    assert table.loc[table["bucket_a"] == "NOVELTY", "adjusted_apart"].all()
+
+
+def test_every_table_with_intervals_says_how_they_were_made(run):
+    for name, frame in run_tables(run, boot=Bootstrap(n_boot=100, confidence=0.9)).frames().items():
+        if any(column.endswith("_low") for column in frame) and name != "surprisal_histogram":
+            assert (frame["confidence"] == 0.9).all() and frame["unit"].notna().all(), name
 
 
 def test_freezing_costs_what_was_planted(run):
@@ -87,9 +119,15 @@ def test_losses_are_compared_on_tokens_that_have_all_of_them(run):
     assert all(np.isnan(loss[7]) for loss in losses.values())
 
 
-def test_configurations_of_one_name_stay_apart(run):
-    twice = dataclasses.replace(run, freezing=[FREEZING[0], FREEZING[0]])
-    assert list(loss_columns(twice)) == [UNFROZEN, "all", "all (configuration 2)"]
+def test_a_run_without_losses_is_refused(run):
+    with pytest.raises(ValueError, match="no token has a finite loss"):
+        loss_columns(dataclasses.replace(run, loss_frozen=np.full_like(run.loss_frozen, np.nan)))
+
+
+def test_a_configuration_with_the_name_of_the_baseline_is_refused(run):
+    named = dataclasses.replace(run, freezing=[FREEZING[0], {"name": UNFROZEN, "layers": [0]}])
+    with pytest.raises(ValueError, match="may be called 'nothing frozen'"):
+        loss_columns(named)
 
 
 def test_pooling_is_the_root_of_the_sum_of_squares():
@@ -111,9 +149,3 @@ def test_a_run_of_few_tokens_has_tables_without_intervals(tmp_path, tokens):
     tables = run_tables(run, boot=BOOT)
     assert np.isnan(tables.time.decay["ratio"]).all()
     assert tables.perplexity.effects["configuration"].tolist() == [UNFROZEN]
-
-
-def test_a_missing_mini_batch_size_is_named(run):
-    bare = dataclasses.replace(run, meta={**run.meta, "model": {"ttt_layers": [0, 1]}})
-    with pytest.raises(ValueError, match="mini_batch_size must be a positive integer, got None"):
-        time_tables(bare)

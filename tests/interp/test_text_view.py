@@ -24,7 +24,7 @@ NASTY = [
 
 
 class Elements(HTMLParser):
-    """Collects start tags with attributes, and the text of script and style elements."""
+    """Collect start tags with attributes, and the text of script and style elements."""
 
     def __init__(self, page):
         super().__init__()
@@ -114,6 +114,14 @@ def test_what_is_left_out_is_said(run):
     assert len(document["tokens"]) == 30 and "first 30 of the 40 tokens" in document["note"]
     assert "the first 1 of 2 documents" in page
     assert "The whole document: 40 tokens." in payload(render_text_view(run))["documents"][0]["note"]
+
+
+def test_the_page_names_the_model_without_its_local_path(run):
+    run.meta["model"]["id"] = "/home/someone/models/mine"
+    page = render_text_view(run)
+    assert "Plasticity over the text: mine" in page and "someone" not in page
+    run.meta["model"]["id"] = "owner/name"
+    assert "Plasticity over the text: owner/name" in render_text_view(run)
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_documents"])

@@ -14,7 +14,7 @@ def grid(documents, tokens):
 
 def test_decay_recovers_a_planted_burn_in():
     generator = np.random.default_rng(0)
-    for documents, unit in ((12, "documents"), (3, "blocks of 16 to 17 tokens")):
+    for documents, unit in ((12, "documents"), (3, "blocks of 16 to 17 tokens at the same place in their document")):
         document, position = grid(documents, 1000)
         level = np.where(position < 100, 2.0, 1.0)
         plasticity = (level * generator.lognormal(sigma=0.2, size=len(position)))[:, None]
@@ -31,6 +31,22 @@ def test_decay_recovers_a_planted_burn_in():
         )
         assert (steady["comparison"], steady["tokens_reference"]) == ("first/steady", 500 * documents)
         assert last["unit"] == unit
+
+
+@pytest.mark.parametrize("documents", [2, 9])
+def test_a_burst_at_the_start_is_no_noise_with_few_documents(documents):
+    generator = np.random.default_rng(0)
+    document, position = grid(documents, 2048)
+    plasticity = (np.where(position < 16, 20.0, 1.0) * generator.lognormal(0, 0.2, len(position)))[:, None]
+    row = temporal_decay(plasticity, document, position, boot=FAST).iloc[0]
+    assert row["ratio"] == pytest.approx(4, rel=0.1)  # (16 * 20 + 84) / 100
+    assert row["ratio_low"] > 3 and row["ratio_high"] < 5
+
+
+def test_one_document_has_a_decay_without_interval():
+    document, position = grid(1, 1000)
+    row = temporal_decay(np.where(position < 100, 2.0, 1.0)[:, None], document, position, boot=FAST).iloc[0]
+    assert row["ratio"] == 2 and np.isnan([row["ratio_low"], row["ratio_high"]]).all()
 
 
 def test_documents_too_short_for_both_windows_are_left_out():

@@ -27,8 +27,8 @@ def test_a_healthy_run_succeeds(check, tmp_path, capsys):
 
 def test_what_is_asked_for_can_fail(check, tmp_path, capsys):
     run = planted_run(tmp_path / "run")
-    assert check("--run_folder", run.path, "--no_require_buckets") == 0
-    assert check(run.path, "--no_require_buckets", "--require_decay") == 1
+    assert check("--allow_equal_buckets", run.path) == 0
+    assert check(run.path, "--allow_equal_buckets", "--require_decay") == 1
     assert "FAILED decay first/last" in capsys.readouterr().out
     assert check(run.path) == 1
     assert "FAILED buckets differ: 0 of 18" in capsys.readouterr().out
@@ -41,3 +41,14 @@ def test_a_damaged_folder_ends_with_status_1_and_no_traceback(check, tmp_path, c
     out = capsys.readouterr().out
     assert out.startswith("FAILED folder:") and "cannot be read as parquet" in out
     assert check(tmp_path / "absent") == 1
+
+
+def test_the_folder_is_a_positional_argument(check, capsys):
+    with pytest.raises(SystemExit):
+        check("--help")
+    out = capsys.readouterr().out
+    assert "RUN_FOLDER" in out.splitlines()[0] + out.splitlines()[1] and "--run_folder" not in out
+    for wrong in ([], ["a", "b"], ["a", "--allow_equal"], ["a", "--require_decay", "b"]):
+        with pytest.raises(SystemExit) as status:
+            check(*wrong)
+        assert status.value.code == 2

@@ -1,9 +1,12 @@
 """The script turns options into a run folder, on one or several processes, and says in one line what is wrong."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from interp.freezing import Freezing
+from interp.needle import NeedleOptions
 from interp.run_folder import read_run
 from tests.interp.tiny_corpus import make_model, make_tokenizer
 
@@ -47,6 +52,115 @@ def infer(script, checkpoint, tmp_path):
     return run
 
 
+@pytest.fixture
+def calls(script, monkeypatch):
+    """The arguments of what the script calls, by its name; positional ones by their number."""
+    made = {}
+
+    def spy(name, result=None):
+        def call(*args, **kwargs):
+            made[name] = {**dict(enumerate(args)), **kwargs}
+            return result
+
+        monkeypatch.setattr(script, name, call)
+
+    spy("load_model", SimpleNamespace(config=SimpleNamespace(layer_types=["ttt", "ttt"])))
+    for name in ("load_tokenizer", "load_corpus", "collect", "prepare", "summarise"):
+        spy(name)
+    return made
+
+
+PG19, NEEDLE = ("--dataset_type", "pg19"), ("--dataset_type", "needle")
+# Of every field of the arguments: options, and the calls, keywords and values that they must lead to.
+REACHES = {
+    "model": (["--model", "other"], ("load_model", 0, "other"), ("load_tokenizer", 0, "other")),
+    "revision": (["--revision", "r"], ("load_model", "revision", "r"), ("load_tokenizer", "revision", "r")),
+    "load_model_config": (["--load_model_config", "c"], ("load_model", "config", "c")),
+    "config": (["--config", "a=1", "--config", "b=x"], ("load_model", "overrides", {"a": 1, "b": "x"})),
+    "trust_remote_code": (
+        ["--trust_remote_code"],
+        ("load_model", "trust_remote_code", True),
+        ("load_tokenizer", "trust_remote_code", True),
+    ),
+    "tokenizer_name": (["--tokenizer_name", "t"], ("load_tokenizer", 0, "t")),
+    "dtype": (["--dtype", "bfloat16"], ("load_model", "dtype", "bfloat16")),
+    "device": (["--device", "cuda:1"], ("load_model", "device", "cuda:1")),
+    "dataset_type": ([*PG19], ("load_corpus", "dataset_type", "pg19")),
+    "dataset_path": (
+        ["--dataset_type", "text", "--dataset_path", "a", "b"],
+        ("load_corpus", "path", ["a", "b"]),
+    ),
+    "dataset_config": ([*PG19, "--dataset_config", "c"], ("load_corpus", "config_name", "c")),
+    "dataset_split": ([*PG19, "--dataset_split", "test"], ("load_corpus", "split", "test")),
+    "text_column": ([*PG19, "--text_column", "body"], ("load_corpus", "text_column", "body")),
+    "seq_length": (["--seq_length", "99"], ("load_corpus", "seq_length", 99)),
+    "max_chars": ([*PG19, "--max_chars", "500"], ("load_corpus", "max_chars", 500)),
+    "pieces_per_text": (["--pieces_per_text", "2"], ("load_corpus", "pieces_per_text", 2)),
+    "max_steps": (["--max_steps", "3"], ("load_corpus", "max_documents", 3)),
+    "batch_size": (["--batch_size", "4"], ("collect", "batch_size", 4), ("load_corpus", "max_documents", 40)),
+    "segment_length": (["--segment_length", "16"], ("collect", "segment_length", 16)),
+    "needle_depth": (
+        [*NEEDLE, "--needle_depth", "0.5", "1"],
+        ("load_corpus", "needle", NeedleOptions(depths=(0.5, 1.0))),
+    ),
+    "needle_filler": ([*NEEDLE, "--needle_filler", "text"], ("load_corpus", "needle", NeedleOptions(filler="text"))),
+    "needle_value_length": (
+        [*NEEDLE, "--needle_value_length", "2"],
+        ("load_corpus", "needle", NeedleOptions(value_length=2)),
+    ),
+    "needle_filler_text": (
+        [*NEEDLE, "--needle_filler", "text", "--needle_filler_text", "words.txt"],
+        ("load_corpus", "needle", NeedleOptions(filler="text", filler_text="it\nwas\n")),
+    ),
+    "freeze": (
+        ["--freeze", "all", "--freeze", "1"],
+        ("collect", "freezing", [Freezing("all", (0, 1)), Freezing("1", (1,))]),
+    ),
+    "stop_words": (["--stop_words", "words.txt"], ("collect", "stop_words", Path("words.txt"))),
+    "numbers": (["--numbers", "other"], ("collect", "numbers", "other")),
+    "min_lag": (["--min_lag", "4"], ("collect", "min_lag", 4)),
+    "exp_dir": (["--exp_dir", "d"], ("collect", 3, Path("d/x-pydoc")), ("summarise", 0, Path("d/x-pydoc"))),
+    "exp_name": (["--exp_name", "n"], ("collect", 3, Path("results/n"))),
+    "overwrite": (["--overwrite"], ("collect", "overwrite", True)),
+    "resume": (["--resume"], ("collect", "resume", True)),
+    "seed": (["--seed", "7"], ("collect", "seed", 7), ("load_corpus", "seed", 7), ("prepare", 0, 7)),
+    "quick_test": (
+        ["--quick_test", "--batch_size", "3"],
+        ("load_corpus", "seq_length", 256),
+        ("load_corpus", "max_documents", 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("field", REACHES)
+def test_every_option_reaches_what_it_is_for(script, calls, tmp_path, monkeypatch, field):
+    (tmp_path / "words.txt").write_text("it\nwas\n")
+    monkeypatch.chdir(tmp_path)
+    options, *expected = REACHES[field]
+    model = [] if field == "model" else ["--model", "x"]
+    script.main(["--model", "x"])
+    assert all(calls[name][key] != value for name, key, value in expected)
+    script.main([*model, *options])
+    assert [calls[name][key] for name, key, _ in expected] == [value for *_, value in expected]
+    assert field in calls["collect"]["arguments"]
+
+
+def test_no_option_is_without_such_a_test(script):
+    assert set(REACHES) == {field.name for field in fields(script.InferenceArguments)}
+
+
+def test_a_tokenizer_of_its_own_has_no_revision_of_the_model(script, calls):
+    script.main(["--model", "x", "--revision", "r", "--tokenizer_name", "t"])
+    assert calls["load_tokenizer"]["revision"] is None
+
+
+def test_a_bundled_stop_list_comes_before_a_file_of_its_name(script, calls, tmp_path, monkeypatch):
+    (tmp_path / "en").write_text("it")
+    monkeypatch.chdir(tmp_path)
+    script.main(["--model", "x", "--stop_words", "en"])
+    assert calls["collect"]["stop_words"] == "en"
+
+
 def test_every_option_reaches_the_run(infer, checkpoint, tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "b.txt").write_text(TEXT.upper())
@@ -67,7 +181,9 @@ def test_every_option_reaches_the_run(infer, checkpoint, tmp_path, capsys):
     assert run.meta["bucketing"]["numbers"] == "other"
     assert run.meta["arguments"]["config"] == ["ttt_base_lr=0.5", "rms_norm_eps=1e-5"]
     printed = capsys.readouterr().out
-    assert "6 documents, 384 tokens" in printed and "with layers 0-1 frozen" in printed
+    assert "6 documents, 384 tokens" in printed
+    frozen = re.findall("nats per token with (.*) frozen", printed)
+    assert frozen == ["all layers", "layers 0-1", "layer 1"]
 
 
 def test_overrides_reach_the_model(infer):
@@ -143,16 +259,72 @@ def test_typos_end_with_status_2(script, options):
     assert exit.value.code == 2
 
 
-def test_exp_name_cannot_leave_exp_dir(infer):
-    for name in ("..", "a/b", ""):
-        with pytest.raises(ValueError, match="plain folder name"):
-            infer(name=name) if name else infer("--exp_name", "..")
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "a\\b", ""])
+def test_exp_name_cannot_leave_exp_dir(script, calls, name):
+    with pytest.raises(ValueError, match="plain folder name"):
+        script.main(["--model", "x", "--exp_name", name])
+    assert "collect" not in calls
+
+
+def test_help_names_each_default_once(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in text and "(default: [])" not in text
+    assert not re.search(r"\(default[^)]*\) \(default", text)
+    for help in ("every random generator (default: 0)", "(default: 1 for datasets)", "(default: 2048)"):
+        assert help in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max_steps", "0"], "max_steps must be at least 1, got 0"),
+        (["--batch_size", "0", "--quick_test"], "batch_size must be at least 1, got 0"),
+        (["--needle_depth", "0"], "dataset_type 'pydoc' has no use for needle_depth"),
+        (["--text_column", "body"], "dataset_type 'pydoc' has no use for text_column"),
+        ([*NEEDLE, "--dataset_config", "c", "--max_chars", "9"], "no use for dataset_config, max_chars"),
+        (["--dataset_type", "text"], "dataset_type 'text' needs dataset_path"),
+        (["--freeze", "foo"], "'all' or a choice of layers"),
+    ],
+)
+def test_wrong_options_are_refused_by_their_names(script, calls, options, message):
+    with pytest.raises(ValueError, match=message):
+        script.main(["--model", "x", *options])
+    assert "collect" not in calls
+
+
+def test_a_binary_file_is_named(script, calls, tmp_path):
+    file = tmp_path / "noise.bin"
+    file.write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match="noise.bin' is not UTF-8"):
+        script.main(["--model", "x", *NEEDLE, "--needle_filler", "text", "--needle_filler_text", str(file)])
+
+
+def test_the_same_freezing_twice_is_refused(infer):
+    with pytest.raises(ValueError, match=r"names in freezing must differ, got \['all', 'all'\]"):
+        infer("--quick_test", "--freeze", "all", "all")
+
+
+def test_too_few_documents_are_a_warning_that_names_the_limits(infer, tmp_path, caplog):
+    (tmp_path / "a.txt").write_text(TEXT)
+    infer("--dataset_type", "text", "--dataset_path", tmp_path / "a.txt", "--seq_length", 1200, "--max_steps", 4)
+    assert "only 1 of 4 documents; more may come with a larger max_chars or pieces_per_text" in caplog.text
+
+
+def test_bad_input_does_not_block_the_corrected_command(infer, tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    options = ["--dataset_type", "text", "--dataset_path", tmp_path / "a.txt", "--seq_length", 40, "--max_steps", 1]
+    with pytest.raises(ValueError, match="shorter than two tokens"):
+        infer(*options)
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert infer(*options).meta["totals"]["documents"] == 1
 
 
 def test_wrong_input_is_one_line_and_status_1(script):
     with pytest.raises(SystemExit) as exit:
         script.run(lambda: script.main(["--model", "./absent"]))
-    assert exit.value.code == "error: tokenizer folder './absent' does not exist or is no folder"
+    assert exit.value.code == "error: model folder './absent' does not exist or is no folder"
     with pytest.raises(SystemExit) as exit:
         script.run(lambda: 0)
     assert exit.value.code == 0

@@ -1,0 +1,269 @@
+"""The outer loop: AdamW over a window mix, with exact resume and a record of every measured step."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from types import FrameType
+
+import torch
+from _checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from _mix import WindowMix
+from _schedule import Plan, Stage
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How to run a plan; `identity` holds whatever must be equal for a resume to continue the same training."""
+
+    folder: Path
+    identity: dict
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    log_every: int = 10
+    eval_every: int = 250
+    save_minutes: float = 5.0
+    max_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def train(
+    model: nn.Module,
+    mix: WindowMix,
+    plan: Plan,
+    settings: LoopSettings,
+    accelerator: Accelerator,
+    validate: Callable[[nn.Module], dict[str, float]],
+) -> bool:
+    """Train `model` in place and say whether the plan was finished.
+
+    Continues from the newest checkpoint of `settings.folder`, if there is one: on a CPU bit for bit as if it had
+    never stopped. A checkpoint is left at the end, every `save_minutes`, and on SIGTERM or SIGINT. Measured steps
+    are lines of `metrics.jsonl`: losses and gradient norm in nats, plasticity as the mean over layers and tokens.
+    Raises ValueError when the folder holds a different training.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=plan.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=1e-8,
+        weight_decay=settings.weight_decay,
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    run = _Run(model, optimizer, mix, plan, settings, accelerator)
+    step = run.resume()
+    started = saved = time.monotonic()
+    bar = tqdm(total=plan.total_steps, initial=step, disable=not accelerator.is_main_process, mininterval=5.0)
+    with _StopSignals() as stop, bar:
+        while step < plan.total_steps:
+            row = run.step(step)
+            step += 1
+            if step % settings.eval_every == 0 or step == plan.total_steps:
+                row |= validate(accelerator.unwrap_model(model))
+            if step % settings.log_every == 0 or "validation_loss" in row:
+                run.record(row)
+                bar.set_postfix_str(_summary(row))
+            bar.update()
+            now = time.monotonic()
+            out_of_time = settings.max_minutes is not None and now - started > settings.max_minutes * 60
+            wishes = (stop.asked or out_of_time, now - saved > settings.save_minutes * 60)
+            stopping, saving = run.agree(*wishes)
+            if stopping or saving or step == plan.total_steps:
+                run.save(step)
+                saved = time.monotonic()
+            if stopping:
+                break
+    return step == plan.total_steps
+
+
+class _Run:
+    """The moving parts of one training."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        mix: WindowMix,
+        plan: Plan,
+        settings: LoopSettings,
+        accelerator: Accelerator,
+    ):
+        self.model, self.optimizer, self.mix = model, optimizer, mix
+        self.plan, self.settings, self.accelerator = plan, settings, accelerator
+        inner = accelerator.unwrap_model(model)
+        self.has_plasticity = "output_plasticity" in signature(inner.forward).parameters
+        self.metrics = settings.folder / "metrics.jsonl"
+
+    def resume(self) -> int:
+        found = checkpoints(self.settings.folder)
+        if not found:
+            if self.accelerator.is_main_process:
+                self.settings.folder.mkdir(parents=True, exist_ok=True)
+                self.metrics.write_text("", encoding="utf-8")
+            return 0
+        inner = self.accelerator.unwrap_model(self.model)
+        state = load_checkpoint(found[-1], inner, _plain(self.optimizer))
+        past = plan_from_json(state["plan"])
+        if state["identity"] != self.settings.identity or not self.plan.same_past(past, state["step"]):
+            raise ValueError(
+                f"output_dir {str(self.settings.folder)!r} holds another training (its data, model, seed or the "
+                f"schedule of its first {state['step']} steps differ); name another folder or its own arguments"
+            )
+        if self.accelerator.is_main_process:
+            rows = [row for row in read_metrics(self.metrics) if row["step"] <= state["step"]]
+            beside = self.metrics.with_suffix(".part")
+            beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            os.replace(beside, self.metrics)
+        self.accelerator.wait_for_everyone()
+        return state["step"]
+
+    def step(self, step: int) -> dict:
+        begun = time.monotonic()
+        stage, first, before = self.plan.place(step)
+        rate = self.plan.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        ids, weights = (
+            torch.from_numpy(part) for part in self.mix.batch(first, stage.rows, stage.length, before=before)
+        )
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if stage.rows % world:
+            raise ValueError(f"stages must have rows that {world} processes can share, got {stage.rows}")
+        total = weights[:, 1:].sum()
+        device = self.accelerator.device
+        ids, weights = ids[rank::world].to(device), weights[rank::world].to(device)
+        measured = (step + 1) % self.settings.log_every == 0
+        self.model.train()
+        extra = {"output_plasticity": measured} if self.has_plasticity else {}
+        outputs = self.model(input_ids=ids, use_cache=False, **extra)
+        losses = token_losses(outputs.logits, ids)
+        loss = (losses * weights[:, 1:]).sum() / total.to(device) * world
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        row = {"step": step + 1, "tokens": self.plan.tokens_before(step + 1), "length": stage.length, "lr": rate}
+        if measured or (step + 1) % self.settings.eval_every == 0 or step + 1 == self.plan.total_steps:
+            row |= self._losses(losses.detach(), weights[:, 1:])
+            row["grad_norm"] = float(norm)
+            plasticity = getattr(outputs, "plasticity", None) if measured else None
+            row["plasticity"] = mean_plasticity(plasticity) if plasticity else None
+            row["tokens_per_second"] = stage.rows * stage.length / (time.monotonic() - begun)
+        return row
+
+    def _losses(self, losses: torch.Tensor, weights: torch.Tensor) -> dict[str, float | None]:
+        """Mean loss over ordinary tokens and over needle answers, all processes together, in nats per token."""
+        answers = weights > 1
+        sums = torch.stack(
+            [
+                (losses * (weights == 1)).sum(),
+                (weights == 1).sum().to(losses.dtype),
+                (losses * answers).sum(),
+                answers.sum().to(losses.dtype),
+            ]
+        )
+        text, text_count, answer, answer_count = self.accelerator.reduce(sums, "sum").tolist()
+        return {
+            "loss": text / text_count if text_count else None,
+            "answer_loss": answer / answer_count if answer_count else None,
+        }
+
+    def agree(self, *wishes: bool) -> list[bool]:
+        """What any process wishes, so that all of them stop and save behind the same step."""
+        if self.accelerator.num_processes == 1:
+            return list(wishes)
+        flags = torch.tensor([wishes], dtype=torch.int32, device=self.accelerator.device)
+        return self.accelerator.gather(flags).amax(0).bool().tolist()
+
+    def record(self, row: dict) -> None:
+        if self.accelerator.is_main_process:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def save(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            state = {"identity": self.settings.identity, "plan": plan_to_json(self.plan)}
+            inner = self.accelerator.unwrap_model(self.model)
+            save_checkpoint(self.settings.folder, step, inner, _plain(self.optimizer), state)
+        self.accelerator.wait_for_everyone()
+
+
+def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Surprisal in nats of tokens 1.. given the ones before: logits [B, T, V], ids [B, T] -> float32 [B, T-1]."""
+    # All positions, the last one with a target nobody reads: a slice of the logits would have to be copied.
+    targets = ids.roll(-1, dims=1)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view_as(ids)[:, :-1]
+
+
+def mean_plasticity(plasticity: tuple[torch.Tensor, ...]) -> float:
+    """Mean over layers and tokens of the write's norm, heads combined as the root of the sum of squares."""
+    return float(torch.stack([layer.detach().square().sum(1).sqrt().mean() for layer in plasticity]).mean())
+
+
+def plan_to_json(plan: Plan) -> dict:
+    """The plan as plain values; `plan_from_json` reads it back."""
+    return {
+        "stages": [f"{stage.length}x{stage.rows}:{stage.steps}" for stage in plan.stages],
+        "lr": plan.lr,
+        "min_lr": plan.min_lr,
+        "warmup_steps": plan.warmup_steps,
+        "decay_steps": plan.decay_steps,
+    }
+
+
+def plan_from_json(values: dict) -> Plan:
+    """Inverse of `plan_to_json`."""
+    return Plan(**{**values, "stages": tuple(Stage.parse(stage) for stage in values["stages"])})
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a `metrics.jsonl`, in order; a last line cut short by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _summary(row: dict) -> str:
+    parts = []
+    for name, label in (("loss", "loss"), ("answer_loss", "answer"), ("plasticity", "plasticity")):
+        if row.get(name) is not None:
+            parts.append(f"{label} {row[name]:.3f}")
+    if row.get("tokens_per_second"):
+        parts.append(f"{row['tokens_per_second']:.0f} tok/s")
+    if "validation_nats_per_byte" in row:
+        parts.append(f"validation {row['validation_nats_per_byte']:.4f} nats/byte")
+    return ", ".join(parts)
+
+
+class _StopSignals:
+    """Notes SIGTERM and SIGINT, so that a step ends and a checkpoint is written; the old handlers come back."""
+
+    def __enter__(self) -> "_StopSignals":
+        self.asked = False
+        self._old = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True

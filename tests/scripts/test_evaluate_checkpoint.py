@@ -1,0 +1,129 @@
+"""The numbers of a model card: n-gram baselines equal counting by hand, needles are scored as greedy decoding."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+TEXT = "It was the best of times, it was the worst of times. " * 40
+
+
+@pytest.fixture(autouse=True)
+def scripts_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+
+
+@pytest.fixture
+def tokenizer():
+    from _tokenizer import train_bpe
+
+    return train_bpe([TEXT], vocab_size=300, model_max_length=4096, needles=20)
+
+
+class Copier(nn.Module):
+    """Predicts the token that stood `distance` tokens before the next one."""
+
+    def __init__(self, distance, vocab_size):
+        super().__init__()
+        self.distance, self.vocab_size = distance, vocab_size
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids, use_cache=False, logits_to_keep=0):
+        logits = nn.functional.one_hot(input_ids.roll(self.distance - 1, 1), self.vocab_size).float() * 50
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+def test_ngram_probabilities_equal_a_count_by_hand_and_sum_to_one():
+    from _evaluation import NgramBaseline
+
+    stream = np.array([0, 1, 2, 1, 2, 1, 0, 2, 2, 1])
+    model = NgramBaseline(stream, 3, order=2)
+    unigram = (np.array([2, 4, 4]) + 1) / 13
+    # Behind 1 stand 2, 2 and 0: three tokens of two kinds.
+    expected = (np.array([1, 0, 2]) + 2 * unigram) / 5
+    got = np.exp(-model.losses(np.array([[1, token] for token in range(3)]), bos=0)[:, 1])
+    np.testing.assert_allclose(got, expected)
+    trigram = NgramBaseline(stream, 3, order=3)
+    for first in range(3):
+        for second in range(3):
+            windows = np.array([[first, second, token] for token in range(3)])
+            assert np.exp(-trigram.losses(windows, bos=0)[:, 2]).sum() == pytest.approx(1.0)
+
+
+def test_higher_orders_predict_regular_text_better(tokenizer):
+    from _evaluation import NgramBaseline
+    from _mix import token_stream
+
+    stream = token_stream({"a": TEXT}, tokenizer)
+    windows = stream[1:101].astype(np.int64).reshape(2, 50)
+    means = [NgramBaseline(stream, len(tokenizer), order).losses(windows, 0).mean() for order in (1, 2, 3)]
+    assert means[0] > means[1] > means[2]
+
+
+def test_nats_per_byte_counts_the_bytes_of_the_text(tokenizer):
+    from _evaluation import nats_per_byte, token_bytes
+
+    ids = np.array(tokenizer.encode("naïve times", add_special_tokens=False))
+    sizes = token_bytes(tokenizer)
+    assert sizes[ids].sum() == len("naïve times".encode())
+    assert sizes[tokenizer.all_special_ids].sum() == 0
+    assert nats_per_byte(np.full(len(ids), 2.0), ids, sizes) == pytest.approx(2.0 * len(ids) / 12)
+
+
+def test_window_losses_cover_every_token_once(tokenizer):
+    from _evaluation import window_losses
+
+    ids = np.arange(10, 33)
+    losses, tokens = window_losses(Copier(1, 300), ids, bos=0, length=6)
+    np.testing.assert_array_equal(tokens.ravel(), np.arange(10, 30))
+    assert losses.shape == (4, 5)
+    with pytest.raises(ValueError, match="length must be at most the 24 tokens"):
+        window_losses(Copier(1, 300), ids, bos=0, length=25)
+
+
+def test_needles_are_right_when_the_value_is_copied_and_wrong_when_not(tokenizer):
+    from _evaluation import needle_accuracy, needle_windows
+    from _mix import token_stream
+
+    stream = token_stream({"a": TEXT}, tokenizer)
+    windows = needle_windows(tokenizer, stream, value_digits=4, distance=20, count=6, seed=0)
+    text = tokenizer.decode(windows[0], skip_special_tokens=True)
+    assert text.startswith(" Define Key=") and " Query Key=" in text
+    define, _, query = text.partition(" Query ")
+    assert define[1:].split(".")[0].removeprefix("Define ") == query
+    words = len(windows[0]) - 1 - next(i for i in range(len(windows[0])) if windows[0][i] == windows[0][-1])
+    apart = [d for d in range(1, words + 1) if (windows[:, -4:] == windows[:, -4 - d : len(windows[0]) - d]).all()]
+    assert needle_accuracy(Copier(apart[0], len(tokenizer)), windows, 4) == {"exact": 1.0, "digits": 1.0}
+    assert needle_accuracy(Copier(1, len(tokenizer)), windows, 4)["exact"] == 0.0
+
+
+def test_the_script_writes_every_number(tokenizer, tmp_path):
+    from evaluate_checkpoint import main
+
+    from modeling_ttt import TTTConfig, TTTForCausalLM
+
+    config = TTTConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    TTTForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = [
+        *["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--length", "32"],
+        *["--train_data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out" / "evaluation.json")],
+        *["--value_digits", "1", "2", "--distances", "8", "--needles", "4"],
+    ]
+    main(options)
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert set(results["nats_per_byte"]) == {"model", "unigram", "bigram", "trigram"}
+    assert [(row["value_digits"], row["distance"]) for row in results["needles"]] == [(1, 8), (2, 8)]
+    assert results["loss_by_position"][-1]["to"] == 31
+    main([*options, "--frozen_layers", "0"])
+    frozen = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert frozen["nats_per_byte"]["model"] != results["nats_per_byte"]["model"]
+    assert frozen["nats_per_byte"]["bigram"] == results["nats_per_byte"]["bigram"]
