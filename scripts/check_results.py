@@ -1,7 +1,7 @@
 """Check a run folder and print one line per check; end with status 1 when a check fails.
 
     python scripts/check_results.py results/demo
-    python scripts/check_results.py results/demo --require_decay
+    python scripts/check_results.py results/demo --require_decay --verbose
 
 SUCCESS and FAILED lines are checks that a healthy run must pass: the folder can be read, shapes, finite values,
 buckets, totals, layers that write, freezing that has an effect, and buckets that can be told apart at like
@@ -25,6 +25,7 @@ class CheckArguments:
     run_folder: str = option(help="folder with run.json and tokens-*.parquet")
     allow_equal_buckets: bool = option(False, "do not fail when no two buckets can be told apart in any layer")
     require_decay: bool = option(False, "fail unless plasticity falls from the first to the last 100 tokens")
+    verbose: bool = option(False, "print every layer and pair of buckets also where nothing failed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_decay=arguments.require_decay,
     )
     for result in results:
-        print(f"{_status(result)} {result.name}: {result.message}")
+        whole = arguments.verbose or result.failed
+        print(f"{_status(result)} {result.name}: {result.message if whole else result.message.splitlines()[0]}")
     failed = sum(result.failed for result in results)
     print(f"{failed} of {len(results)} checks failed" if failed else f"all {len(results)} checks done, none failed")
     return int(failed > 0)

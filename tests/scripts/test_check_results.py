@@ -20,9 +20,11 @@ def check(monkeypatch):
 def test_a_healthy_run_succeeds(check, tmp_path, capsys):
     run = planted_run(tmp_path / "run", bucket_factor=(1, 1.3, 1.6, 0.8), early_factor=2.0)
     assert check(run.path) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["SUCCESS"] * 9 + ["FINDING"] * 2 + ["all"]
     assert "FINDING (yes) decay first/last: ratio 1.9" in lines[9]
+    assert check(run.path, "--verbose") == 0
+    assert len(capsys.readouterr().out.splitlines()) > len(lines)
 
 
 def test_what_is_asked_for_can_fail(check, tmp_path, capsys):
