@@ -37,7 +37,7 @@ class Arguments:
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device"})
     dtype: str = field(default="float32", metadata={"help": "dtype of the parameters"})
     output: str | None = field(
-        default=None, metadata={"help": "JSON file (default: results/scan_backends-<device>.json)"}
+        default=None, metadata={"help": "JSON file, if not benchmarks/results/scan_backends-<device>.json"}
     )
 
 

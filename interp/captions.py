@@ -170,7 +170,12 @@ def perplexity_caption(data: PerplexityTables) -> Caption:
         largest = shown.loc[shown["delta"].abs().idxmax()]
         title += f"; {_cost(largest)}"
         if answers is not None:
-            title += f", on the answers it {_change_of_loss(answers.loc[largest['configuration']])}"
+            # What a retrieval document asks for comes first: its filler may be impossible to predict.
+            effects = answers.drop(index=UNFROZEN)
+            name = effects["delta"].abs().idxmax()
+            whole = frozen.set_index("configuration").loc[name]
+            title = f"On the answers freezing {freezing_label(name)} {_change_of_loss(effects.loc[name])}"
+            title += f"; over the whole text it {_change_of_loss(whole)}"
     text = [f"{title}.", *(f"{_upper(_cost(row))}{_cost_verdict(row)}." for _, row in frozen.iterrows())]
     text.append(f"Every configuration reads the same {int(base['count']):,} tokens.")
     if data.curve["documents"].min() < data.curve["documents"].max():

@@ -169,6 +169,8 @@ def _borders(reset_at, input_ids: Tensor | None, shape: tuple[int, int]) -> Tens
         return reset_at
     if input_ids is None:
         raise ValueError("reset_at as token ids needs input_ids; with inputs_embeds pass a bool mask [batch, tokens]")
+    if not isinstance(reset_at, int | list | tuple | Tensor):
+        raise TypeError(f"reset_at must be token ids or a bool mask [batch, tokens], got {type(reset_at).__name__}")
     ids = torch.as_tensor([reset_at] if isinstance(reset_at, int) else reset_at, device=input_ids.device)
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 1:
         raise ValueError(f"reset_at must be token ids or a bool mask [batch, tokens], got {reset_at!r}")

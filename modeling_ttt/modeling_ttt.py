@@ -19,6 +19,7 @@ from .call_inputs import build_grid, expand_lr_mult, layer_lr_mults, prepare_cac
 from .configuration_ttt import TTTConfig
 from .rotary import rotary_table
 from .short_conv import ShortConv
+from .ttt_cache import clone_cache, load_cache, save_cache
 from .ttt_layer import TTTLayer
 from .ttt_outputs import TTTCausalLMOutput, TTTModelOutput
 from .ttt_state import scan_dtype
@@ -43,6 +44,10 @@ class TTTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TTTBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True
+    # At hand on the class for users of a checkpoint's own code, who have no package to import them from.
+    clone_cache = staticmethod(clone_cache)
+    save_cache = staticmethod(save_cache)
+    load_cache = staticmethod(load_cache)
     _can_record_outputs = {"hidden_states": TTTBlock}
 
     @torch.no_grad()
@@ -123,6 +128,7 @@ class TTTModel(TTTPreTrainedModel):
             use_cache: Whether to return the state, making one if none was passed (default: the configuration).
             ttt_lr_mult: Factor of the inner learning rate, broadcastable to [B, L, H, T]; differentiable (under
                 gradient checkpointing with `use_reentrant=False`). 0 keeps a token from writing, 1 changes nothing.
+                Negative values ascend the inner loss; values are not checked.
             output_plasticity: Whether to return the plasticity of every token (default: the configuration, True).
             output_ttt_stats: Whether to return the diagnostics of the inner loop (default: the configuration, False).
             reset_at: The first tokens of new documents, as token ids or as a bool mask [B, T]: state, mini-batch and
@@ -303,8 +309,9 @@ class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
                 raise TypeError(f"ttt_lr_mult must be a tensor, got {type(ttt_lr_mult).__name__}")
             if ttt_lr_mult.dim() > 0 and ttt_lr_mult.shape[-1] != 1:
                 raise ValueError(
-                    "in generate, ttt_lr_mult holds for every token: its last dimension must be 1, "
-                    f"got {list(ttt_lr_mult.shape)}"
+                    "in generate, ttt_lr_mult holds for every token: its last dimension must be 1, got "
+                    f"{list(ttt_lr_mult.shape)}; to knock out tokens of the prompt, read all but its last token with "
+                    "a forward pass and pass the past_key_values it returns"
                 )
             expanded = expand_lr_mult(ttt_lr_mult, (batch, layers, heads, 1))
             # One per row, so that beams and returned sequences repeat it like the other inputs.

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -125,6 +125,7 @@ STATIC_LAYER_TYPE_MAPPING["ttt"] = TTTCacheLayer
 
 def clone_cache(cache: Cache) -> Cache:
     """A deep, detached copy of a cache: go on from either, the other stays as it is."""
+    _check_cache(cache)
     twin = copy.copy(cache)
     twin.layers = []
     for layer in cache.layers:
@@ -143,6 +144,7 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
     Raises:
         ValueError: the cache holds no TTT state yet, or layers of another kind.
     """
+    _check_cache(cache)
     path, tensors, lengths = Path(path), {}, []
     for i, layer in enumerate(cache.layers):
         if not getattr(layer, "tensors", None):
@@ -167,13 +169,14 @@ def load_cache(path: str | os.PathLike, config, device: torch.device | str = "cp
     Raises:
         ValueError: the file is no TTT cache, of another version, or of a model of another shape.
     """
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != "ttt_cache" or metadata.get("version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} is not a TTT cache of format version {FORMAT_VERSION}, its header says {metadata}"
-            )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if metadata.get("format") != "ttt_cache" or metadata.get("version") != FORMAT_VERSION:
+        raise ValueError(f"{path} is not a TTT cache of format version {FORMAT_VERSION}, its header says {metadata}")
     cache, lengths = DynamicCache(config=config), json.loads(metadata["lengths"])
     if len(lengths) != len(cache.layers):
         raise ValueError(f"{path} holds {len(lengths)} layers, the configuration has {len(cache.layers)}")
@@ -214,3 +217,8 @@ def _detached(value):
     if isinstance(value, list | tuple):
         return type(value)(_detached(item) for item in value)
     return value
+
+
+def _check_cache(cache: Cache) -> None:
+    if not hasattr(cache, "layers"):
+        raise TypeError(f"cache must be a transformers Cache, got {type(cache).__name__}")

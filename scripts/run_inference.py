@@ -210,8 +210,11 @@ def summarise(folder: Path, dataset_type: str, documents_wanted: int) -> None:
     for freezing, loss in zip(run.freezing, totals["mean_loss_frozen"], strict=True):
         print(f"loss {_number(loss)} nats per token with {_frozen(freezing)} frozen")
     if run.tokens["is_answer"].any():
-        answer = run.tokens.loc[run.tokens["is_answer"], "loss"].mean()
-        print(f"loss {answer:.4f} nats per answer token")
+        answers = run.tokens["is_answer"].to_numpy()
+        print(f"loss {run.tokens['loss'][answers].mean():.4f} nats per answer token")
+        for column, freezing in enumerate(run.freezing):
+            loss = run.loss_frozen[answers, column].mean()
+            print(f"loss {loss:.4f} nats per answer token with {_frozen(freezing)} frozen")
     means = zip(run.ttt_layers, run.plasticity.mean(0), strict=True)
     print("mean plasticity per layer " + ", ".join(f"{layer}: {mean:.3g}" for layer, mean in means))
     print(f"{totals['seconds']:.1f} s, {totals['tokens_per_second']:.0f} tokens per second")

@@ -7,6 +7,7 @@ accelerate launch scripts/train.py ...        several processes share the rows o
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ from _tokenizer import read_texts
 from _training import LoopSettings, train
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import modeling_ttt  # noqa: F401  (registers "model_type": "ttt")
+
+log = logging.getLogger("train")
 
 
 @dataclass
@@ -73,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     model = new_model(arguments.config, arguments.seed)
+    check_tokenizer(tokenizer, model.config.vocab_size)
     mix = WindowMix(token_stream(read_texts(arguments.train_data), tokenizer), tokenizer, mix_settings)
     held_out = token_stream(read_texts(arguments.validation_data), tokenizer)
     validate = Validation(tokenizer, held_out[: arguments.eval_tokens], plan.stages[-1].length)
@@ -86,6 +90,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.export:
         export(model, tokenizer, arguments.export, arguments.export_dtype)
         print(f"exported to {arguments.export}")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise ValueError unless the tokenizer fits the model; warn when it leaves much of the vocabulary unused."""
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"tokenizer must have a {name}, which marks the borders of documents, got None")
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"vocab_size must be at least the {len(tokenizer)} of the tokenizer, got {vocab_size}")
+    if len(tokenizer) < vocab_size:
+        log.warning("the tokenizer has %d entries, the config's vocab_size is %d", len(tokenizer), vocab_size)
 
 
 def plan_of(arguments: TrainArguments) -> Plan:

@@ -23,6 +23,9 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     with contextlib.redirect_stdout(io.StringIO()):
         for block in blocks:
             exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["learnt"], "the README says that this layer lowers its inner loss"
+    assert namespace["answer"] == "9f8e7d6c"
+    assert "9f8e7d6c" not in (namespace["frozen"], namespace["forgotten"])
     assert (tmp_path / "state.safetensors").is_file()
     assert (tmp_path / "with_code" / "modeling_ttt.py").is_file()
 

@@ -143,15 +143,15 @@ def test_the_heat_map_caption_names_silent_layers_and_short_documents(planted):
 @pytest.mark.parametrize(
     ("cost", "title", "words"),
     [
-        (0.5, "freezing all layers raises the mean loss by 0.5", "worse without these writes"),
-        (-0.5, "freezing all layers lowers the mean loss by 0.5", "better without these writes"),
+        (0.5, "over the whole text it raises the mean loss by 0.5", "worse without these writes"),
+        (-0.5, "over the whole text it lowers the mean loss by 0.5", "better without these writes"),
         (0.0, "changes the mean loss by", "does not exclude no effect"),
     ],
 )
 def test_the_perplexity_caption_follows_the_cost(planted, cost, title, words):
     caption = perplexity_caption(perplexity_tables(planted(frozen_cost=cost, answers=4), boot=BOOT))
     assert title in caption.title and words in caption.text
-    assert "On the 16 answer tokens" in caption.text and ", on the answers " in caption.title
+    assert "On the 16 answer tokens" in caption.text and caption.title.startswith("On the answers freezing ")
 
 
 def test_an_effect_that_is_not_excluded_to_be_none_does_not_lead_the_title(planted):

@@ -33,6 +33,9 @@ ids = torch.tensor(json.loads(sys.argv[1]))
 with torch.no_grad():
     out = model(ids)
     text = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+with torch.no_grad():
+    base_state = model(ids).past_key_values
+assert model.clone_cache(base_state).get_seq_length() == ids.shape[1]
 print(json.dumps({
     "module": type(model).__module__, "base": type(base).__name__, "logits": out.logits.sum().item(),
     "plasticity": out.plasticity[0].sum().item(), "text": text.tolist(),

@@ -161,6 +161,7 @@ def test_training_lowers_the_loss(model):
         ({"position_ids": torch.arange(8)[None]}, ValueError, r"position_ids must be .* got \[1, 8\]"),
         ({"position_ids": torch.zeros(3, 2, 9)}, ValueError, "position_ids must be"),
         ({"ttt_lr_mul": torch.ones(1)}, TypeError, r"unknown arguments \['ttt_lr_mul'\]"),
+        ({"reset_at": "x"}, TypeError, "reset_at must be token ids .* got str"),
         ({"reset_at": True}, ValueError, "reset_at must be token ids or a bool mask"),
         ({"reset_at": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "reset_at as a mask"),
         ({"reset_at": torch.ones(2, 9)}, ValueError, "reset_at must be token ids or a bool mask"),

@@ -106,6 +106,11 @@ def test_loading_refuses_foreign_files(model, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="is not a TTT cache"):
         load_cache(tmp_path / "other.safetensors", model.config)
+    (tmp_path / "junk").write_bytes(b"no tensors at all")
+    with pytest.raises(ValueError, match="junk is not a safetensors file"):
+        load_cache(tmp_path / "junk", model.config)
+    with pytest.raises(TypeError, match="cache must be a transformers Cache, got NoneType"):
+        save_cache(None, path)
     with pytest.raises(ValueError, match="holds no TTT state to save"):
         save_cache(DynamicCache(config=model.config), path)
     assert json.loads(json.dumps(load_cache(path, model.config).get_seq_length())) == 6

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[2]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, 1775. " * 60
@@ -325,3 +326,19 @@ def test_two_processes_train_as_one(train, workplace, tmp_path):
     one, two = (load_file(tmp_path / run / "checkpoint-8" / "model.safetensors") for run in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_or_warned_of(tokenizer, caplog):
+    from train import check_tokenizer
+
+    with pytest.raises(
+        ValueError, match=rf"vocab_size must be at least the {len(tokenizer)} of the tokenizer, got 200"
+    ):
+        check_tokenizer(tokenizer, 200)
+    check_tokenizer(tokenizer, len(tokenizer))
+    assert not caplog.text
+    check_tokenizer(tokenizer, 4096)
+    assert "vocab_size is 4096" in caplog.text
+    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    with pytest.raises(ValueError, match="tokenizer must have a bos_token_id"):
+        check_tokenizer(without, 4096)
