@@ -70,9 +70,10 @@ def build_grid(
     real = _real_tokens(attention_mask, shape, columns)
     border = _borders(reset_at, input_ids, shape)
     if position_ids is not None:
-        restart = _restarts(position_ids, shape, columns)
-        if attention_mask is None and restart is not None:
-            border = restart.to(device) if border is None else border.to(device) | restart.to(device)
+        _check_position_ids(position_ids, shape)
+        if attention_mask is None:
+            restart = _restarts(position_ids, columns).expand(shape).to(device)
+            border = restart if border is None else border.to(device) | restart
     return TokenGrid(
         shape,
         config.mini_batch_size,
@@ -144,19 +145,23 @@ def _real_tokens(attention_mask: Tensor | None, shape: tuple[int, int], columns:
     return attention_mask[:, -shape[1] :] != 0
 
 
-def _restarts(position_ids: Tensor, shape: tuple[int, int], columns: int) -> Tensor | None:
-    """[B, T] bool of the first tokens of documents by their positions, None if there is none.
-
-    A position that does not increase starts a document, and position 0 does so at the first token of a call.
-    """
+def _check_position_ids(position_ids: Tensor, shape: tuple[int, int]) -> None:
     if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in (tuple(shape), (1, shape[1])):
         got = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
         raise ValueError(f"position_ids must be [batch or 1, tokens] = {list(shape)}, got {got}")
+
+
+def _restarts(position_ids: Tensor, columns: int) -> Tensor:
+    """[B or 1, T] bool of the first tokens of documents by their positions.
+
+    A position that does not increase starts a document; so does position 0 at the start of a call that goes on from
+    a cache of `columns` tokens.
+    """
     restart = torch.zeros(position_ids.shape, dtype=torch.bool, device=position_ids.device)
     restart[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
     if columns:
         restart[:, 0] = position_ids[:, 0] == 0
-    return restart.expand(shape)
+    return restart
 
 
 def _borders(reset_at, input_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:

@@ -336,7 +336,7 @@ def _float64_causal_loss(
 
 
 def _kept_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Hidden states [B, T, C] of the positions to compute logits for.
+    """Hidden states [B, T, C] of the positions to compute logits for (newer versions of Transformers have the same).
 
     An int keeps that many last positions (0: all); a 1-D tensor positions of every row; a 2-D tensor positions per
     row, or as a bool mask [B, T] the marked ones, flattened.

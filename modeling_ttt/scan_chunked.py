@@ -6,6 +6,8 @@ between readers and writers, and its commit is one product. The writes of an unf
 Inside, batch and heads are one dimension: N = B * H.
 """
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,22 +65,26 @@ class _Step:
         self.ln_weight = ln_weight.repeat(self.batch, 1, 1)  # [N, 1, f]
         self.ln_bias = ln_bias.repeat(self.batch, 1, 1)
         self.ln_weight_squared = self.ln_weight.square()
-        self.initial = [tuple(t.to(q.dtype).repeat(self.batch, 1, 1) for t in pair) for pair in inputs.initial_weights]
         self.valid = None
         if not grid.uniform:
             self.valid = [part.repeat_interleave(self.heads, 0)[..., None] for part in grid.valid.split(sizes, 1)]
+
+    @cached_property
+    def initial(self) -> Weights:
+        """W_0 of every row and head; only resets and statistics need it."""
+        return [tuple(t.repeat(self.batch, 1, 1) for t in pair) for pair in self.inputs.initial_weights]
 
     def _cut(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
         """[B, H, columns, ...] -> one contiguous [N, n, ...] per mini-batch."""
         return [part.reshape(-1, *part.shape[2:]) for part in x.split(sizes, dim=2)]
 
-    def _per_head(self, rows: Tensor, dims: int) -> Tensor:
-        """[B] -> [N, 1, ...] with `dims` dimensions."""
-        return rows.repeat_interleave(self.heads).view(-1, *[1] * (dims - 1))
+    def _per_head(self, rows: Tensor) -> Tensor:
+        """[B] -> [N, 1, 1]."""
+        return rows.repeat_interleave(self.heads).view(-1, 1, 1)
 
     def reset(self, weights: Weights, rows: Tensor) -> Weights:
         """Start the marked batch rows, [B] bool, from W_0."""
-        mark = self._per_head(rows, 3)
+        mark = self._per_head(rows)
         return [
             tuple(torch.where(mark, new, old) for new, old in zip(first, pair, strict=True))
             for first, pair in zip(self.initial, weights, strict=True)
@@ -141,12 +147,12 @@ class _Step:
             if filled == size:
                 return [_folded(pair, row, tau) for pair, row in zip(weights, rows, strict=True)], None
             return weights, [tuple(F.pad(t, (0, 0, 0, size - filled)) for t in row) for row in rows]
-        complete = self._per_head(self.grid.complete[:, index], 3)
+        complete = self._per_head(self.grid.complete[:, index])
         if filled == size and self.grid.commits[index]:
             committed = [(x, g * complete) for x, g in rows]
             weights = [_folded(pair, row, tau) for pair, row in zip(weights, committed, strict=True)]
         if index in self.grid.ends:
-            ends = self._per_head(self.grid.last == index, 3)
+            ends = self._per_head(self.grid.last == index)
             padded = [tuple(F.pad(t, (0, 0, 0, size - filled)) for t in row) for row in rows]
             kept = kept or [tuple(torch.zeros_like(t) for t in row) for row in padded]
             kept = [
