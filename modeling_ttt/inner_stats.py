@@ -10,24 +10,7 @@ the earlier writes of the mini-batch by tau_t / tau_{t-1} and is therefore not t
 import torch
 from torch import Tensor
 
-from .inner_net import Weights, forward_chain
-from .objective import reconstruction_loss
-
-__all__ = ["step_stats", "target_dispersion"]
-
-
-def step_stats(step, weights: Weights, rows: Weights, before: Tensor, after: Tensor, slot: int, index: int):
-    """Statistics of one mini-batch of `scan_chunked`, by name, each [N, n]."""
-    k, target = step.k[index], step.target[index]
-    norm = (step.ln_weight, step.ln_bias)
-    at_start = forward_chain(step.initial, k)[1][-1]
-    return {
-        "loss_init": reconstruction_loss(at_start, target, *norm),
-        "loss_before": reconstruction_loss(before, target, *norm),
-        "loss_after": reconstruction_loss(after, target, *norm),
-        "state_drift": _drift(weights, step.initial).expand(-1, k.shape[1]),
-        "step_norm": _step_norm(rows, step.inputs.tau, slot, k.shape[1]),
-    }
+__all__ = ["state_drift", "step_norm", "target_dispersion"]
 
 
 def target_dispersion(target: Tensor, real: Tensor | None) -> Tensor:
@@ -39,26 +22,22 @@ def target_dispersion(target: Tensor, real: Tensor | None) -> Tensor:
     return (target - mean).square().mean(-1) * mask[..., 0]
 
 
-def _drift(weights: Weights, initial: Weights) -> Tensor:
-    """[N, 1] Frobenius norm of W - W_0 over all maps and biases."""
-    differences = [
-        (new - first).flatten(1)
-        for pair, start in zip(weights, initial, strict=True)
-        for new, first in zip(pair, start, strict=True)
-    ]
+def state_drift(weights: list[Tensor], initial: list[Tensor]) -> Tensor:
+    """Frobenius norm of W - W_0 over all maps and biases, given as [W; b] [N, in + 1, out]; [N, 1]."""
+    differences = [(new - first).flatten(1) for new, first in zip(weights, initial, strict=True)]
     return torch.linalg.vector_norm(torch.cat(differences, 1), dim=1, keepdim=True)
 
 
-def _step_norm(rows: Weights, tau: Tensor, slot: int, columns: int) -> Tensor:
-    """||theta_t - theta_{t-1}|| of the last `columns` slots, from the Gram matrix of the writes, [N, n].
+def step_norm(writes: list[tuple[Tensor, Tensor]], tau: Tensor) -> Tensor:
+    """||theta_t - theta_{t-1}|| of every slot of a mini-batch from the Gram matrix of its writes, [N, K].
 
+    `writes` holds per map the inputs with their 1 [N, K, in + 1] and lr * g [N, K, out].
     theta_t - theta_{t-1} = -(tau_t - tau_{t-1}) * (writes before t) - tau_t * (write t); the first read of a
     mini-batch follows the commit, where nothing is pending.
     """
-    gram = sum((x @ x.transpose(1, 2) + 1) * (g @ g.transpose(1, 2)) for x, g in rows)  # [N, slots, slots]
-    slots = gram.shape[-1]
-    change = torch.diff(tau[:slots], prepend=tau.new_zeros(1))
-    factor = change[:, None].expand(slots, slots).tril(-1) + torch.diag(tau[:slots])  # [reader, writer]
-    squared = ((factor @ gram) * factor).sum(-1)[:, slot : slot + columns]
-    moved = squared > 0  # rounding can leave a square just below zero; the root has no slope at zero
-    return torch.where(moved, squared, 1).sqrt() * moved
+    gram = sum((x @ x.transpose(1, 2)) * (g @ g.transpose(1, 2)) for x, g in writes)  # [N, K, K]
+    change = torch.diff(tau, prepend=tau.new_zeros(1))
+    factor = change[:, None].expand_as(gram[0]).tril(-1) + torch.diag(tau)  # [reader, writer]
+    squared = ((factor @ gram) * factor).sum(-1)
+    moved = squared > 0  # rounding can leave a square just below zero
+    return torch.where(moved, squared, 0).sqrt()

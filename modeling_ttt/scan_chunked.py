@@ -1,23 +1,26 @@
-"""The inner loop in the dual form of the paper (section 2.5): one mini-batch at a time, its tokens in parallel.
+"""The inner loop in the dual form of the paper (section 2.5), with a hand-derived backward pass.
 
-All gradients of a mini-batch are taken at the weights of its start, so per inner map its reads need only the scores
-between readers and writers, and its commit is one product. The writes of an unfinished mini-batch are carried as rows
-(x, lr * g); with them prefill, any continuation and decoding of a single token are this one step.
-Inside, batch and heads are one dimension: N = B * H.
+A call that stays inside one mini-batch, such as a decoding step, is one small product per map over the rows of that
+mini-batch (`_within_mini_batch`). Every other call is laid out in whole mini-batches (`aligned`) and goes through
+`chunked_forward`; when gradients are wanted, through an autograd function whose backward is `chunked_backward`.
 """
-
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .aligned import AlignedTokens, align, unalign
+from .chunked_backward import backward
+from .chunked_forward import ForwardResult, Layout, Operands, forward
 from .inner_net import Weights, forward_chain, output_gradients
-from .inner_stats import step_stats
 from .objective import reconstruction_gradient, scaled_residual
 from .ttt_state import ScanInputs, ScanOutput, TTTState
 
 __all__ = ["scan_chunked", "unsupported"]
+
+STATS = ("loss_init", "loss_before", "loss_after", "state_drift", "step_norm")
+RECOMPUTED = 8
+"""Mini-batches whose states the backward recomputes together when they are too large to be kept."""
 
 
 def unsupported(inputs: ScanInputs) -> str | None:
@@ -26,162 +29,240 @@ def unsupported(inputs: ScanInputs) -> str | None:
 
 
 def scan_chunked(inputs: ScanInputs) -> ScanOutput:
-    """Run the inner loop over the tokens of a call, one dual-form step per mini-batch (paper, eq. 7 and 8)."""
-    grid, start = inputs.grid, inputs.start()
-    batch, heads = inputs.q.shape[:2]
-    step = _Step(inputs)
-    weights = [tuple(t.reshape(batch * heads, *t.shape[2:]) for t in pair) for pair in start.weights]
-    open_rows = None
-    if grid.has_open_rows:
-        open_rows = [tuple(t.reshape(batch * heads, *t.shape[2:]) for t in pair) for pair in start.rows]
-    final_rows = None
-    collected: dict[str, list[Tensor]] = {}
-    for index, (slot, columns) in enumerate(grid.mini_batches()):
-        if grid.resets and grid.resets[index]:
-            weights = step.reset(weights, grid.reset[:, index])
-        reads, rows = step.read(weights, open_rows, slot, columns, index)
-        for name, value in reads.items():
-            collected.setdefault(name, []).append(value)
-        weights, final_rows = step.commit(weights, rows, final_rows, slot + columns, index)
-        open_rows = None
-    return step.finish(collected, weights, final_rows)
+    """Run the inner loop over the tokens of a call, one dual-form step per mini-batch (paper, eq. 7 and 8).
+
+    Gradients reach every input; those of `gradients` and `stats` do not exist. A second derivative is refused.
+    """
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(inputs))
+    if not differentiable and _stays_inside(inputs):
+        return _within_mini_batch(inputs)
+    tokens = align(inputs)
+    operands = _operands(inputs, tokens)
+    layout = _layout(inputs, tokens, operands, differentiable)
+    if not differentiable:
+        return _output(inputs, tokens, forward(layout, operands))
+    flat = ChunkedScan.apply(layout, bool(operands.initial), *operands.flat())
+    return _output(inputs, tokens, _from_flat(layout, flat))
 
 
-class _Step:
-    """One mini-batch of the scan; holds the packed inputs cut into mini-batches."""
+class ChunkedScan(torch.autograd.Function):
+    """Forward and backward of the scan on flat tensors: (layout, whether W_0 is among them, *Operands.flat())."""
 
-    def __init__(self, inputs: ScanInputs):
-        self.inputs, self.grid = inputs, inputs.grid
-        self.batch, self.heads = inputs.q.shape[:2]
-        grid = self.grid
-        sizes = [columns for _, columns in grid.mini_batches()]
-        ln_weight, ln_bias = inputs.ln_weight[:, None], inputs.ln_bias[:, None]  # [H, 1, f]
-        q, k, v = (grid.pack(t, 2) for t in (inputs.q, inputs.k, inputs.v))
-        lr = grid.pack(inputs.lr, 2)
-        target = v - k
-        self.q, self.k, self.lr = (self._cut(t, sizes) for t in (q, k, lr))
-        self.residual = self._cut(scaled_residual(target, ln_weight, ln_bias), sizes)
-        self.target = self._cut(target, sizes) if inputs.want_stats else None
-        self.ln_weight = ln_weight.repeat(self.batch, 1, 1)  # [N, 1, f]
-        self.ln_bias = ln_bias.repeat(self.batch, 1, 1)
-        self.ln_weight_squared = self.ln_weight.square()
-        self.valid = None
-        if not grid.uniform:
-            self.valid = [part.repeat_interleave(self.heads, 0)[..., None] for part in grid.valid.split(sizes, 1)]
+    @staticmethod
+    def forward(layout: Layout, has_initial: bool, *flat: Tensor):
+        """The tensors of a `ForwardResult`, see `_to_flat`."""
+        depth = len(layout.widths)
+        return _to_flat(forward(layout, Operands.from_flat(flat, depth, has_initial)))
 
-    @cached_property
-    def initial(self) -> Weights:
-        """W_0 of every row and head; only resets and statistics need it."""
-        return [tuple(t.repeat(self.batch, 1, 1) for t in pair) for pair in self.inputs.initial_weights]
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """Keep the inputs and the stored states."""
+        layout, has_initial, *flat = inputs
+        result = _from_flat(layout, output)
+        constant = [*result.states, *result.stats.values()]
+        constant += [] if result.gradients is None else [result.gradients]
+        ctx.mark_non_differentiable(*constant)
+        ctx.set_materialize_grads(False)
+        ctx.layout, ctx.has_initial, ctx.count = layout, has_initial, len(flat)
+        ctx.save_for_backward(*flat, *result.states)
 
-    def _cut(self, x: Tensor, sizes: list[int]) -> list[Tensor]:
-        """[B, H, columns, ...] -> one contiguous [N, n, ...] per mini-batch."""
-        return [part.reshape(-1, *part.shape[2:]) for part in x.split(sizes, dim=2)]
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        """Gradients of all operands; differentiating them again is refused."""
+        saved = ctx.saved_tensors
+        flat, states = saved[: ctx.count], saved[ctx.count :]
+        depth = len(ctx.layout.widths)
+        operands = Operands.from_flat(flat, depth, ctx.has_initial)
+        with torch.no_grad():
+            found = backward(ctx.layout, operands, list(states), _from_flat(ctx.layout, grads))
+        if torch.is_grad_enabled():
+            found = [g if g is None else _Once.apply(g, *flat) for g in found]
+        return None, None, *found
 
-    def _per_head(self, rows: Tensor) -> Tensor:
-        """[B] -> [N, 1, 1]."""
-        return rows.repeat_interleave(self.heads).view(-1, 1, 1)
 
-    def reset(self, weights: Weights, rows: Tensor) -> Weights:
-        """Start the marked batch rows, [B] bool, from W_0."""
-        mark = self._per_head(rows)
-        return [
-            tuple(torch.where(mark, new, old) for new, old in zip(first, pair, strict=True))
-            for first, pair in zip(self.initial, weights, strict=True)
-        ]
+class _Once(torch.autograd.Function):
+    """Identity on a gradient that must not be differentiated again."""
 
-    def read(self, weights: Weights, open_rows: Weights | None, slot: int, columns: int, index: int):
-        """Gradients of the tokens and reads of the queries of one mini-batch.
+    @staticmethod
+    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.clone()
 
-        Returns what is collected per token, [N, n, ...] by name, and the rows of the mini-batch up to its last token,
-        per map (x [N, slots, in], lr * g [N, slots, out]).
-        """
-        q, k, lr = self.q[index], self.k[index], self.lr[index]
-        inner_inputs, inner_outputs = forward_chain(weights, k)
-        grad = reconstruction_gradient(inner_outputs[-1], self.residual[index], self.ln_weight_squared)
-        grads = output_gradients(weights, inner_outputs, grad)
-        rows = [
-            self._merge(old, x, lr[..., None] * g, slot, index)
-            for old, x, g in zip(open_rows or [None] * len(weights), inner_inputs, grads, strict=True)
-        ]
-        tau = self.inputs.tau[slot : slot + columns, None]  # [n, 1]
-        reads = {"z": self._read_chain(weights, rows, q, tau)}
-        if self.inputs.want_plasticity or self.inputs.want_stats:
-            reads["gradient_norm"] = gradient_norm(inner_inputs, grads)
-        if self.inputs.want_gradients:
-            reads["gradients"] = torch.cat(grads, -1)
-        if self.inputs.want_stats:
-            after = self._read_chain(weights, rows, k, tau)
-            reads |= step_stats(self, weights, rows, inner_outputs[-1], after, slot, index)
-        return reads, rows
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
 
-    def _merge(self, old: tuple[Tensor, Tensor] | None, x: Tensor, g: Tensor, slot: int, index: int):
-        """The rows of the mini-batch up to its last token: those carried in (slots before) and the new ones."""
-        if self.valid is not None:
-            # Rows at different phases: a slot is carried in, new or empty; g is 0 where no token is.
-            carried = 0 if old is None else old[0][:, slot : slot + x.shape[1]]
-            x = torch.where(self.valid[index], x, carried)
-            g = g if old is None else g + old[1][:, slot : slot + x.shape[1]]
-        if old is None:
-            return x, g
-        return torch.cat([old[0][:, :slot], x], 1), torch.cat([old[1][:, :slot], g], 1)
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "the chunked backend has no second derivative: set config.ttt_backend = 'reference' to differentiate twice"
+        )
 
-    def _read_chain(self, weights: Weights, rows: Weights, x: Tensor, tau: Tensor) -> Tensor:
-        """Read the net at inputs x [N, n, f] with every row's own weights W - tau_t * sum of the writes up to it."""
-        for i, ((weight, bias), (writer, g)) in enumerate(zip(weights, rows, strict=True)):
-            x = F.gelu(x, approximate="tanh") if i else x
-            slots, n = writer.shape[1], x.shape[1]
-            scores = torch.baddbmm(x.new_ones(1), x, writer.transpose(1, 2))  # the 1 carries the bias, [N, n, slots]
-            scores = (scores * tau).tril(slots - n)
-            x = torch.baddbmm(torch.baddbmm(bias, x, weight), scores, g, alpha=-1)
-        return x
 
-    def commit(self, weights: Weights, rows: Weights, kept: Weights | None, filled: int, index: int):
-        """Fold a full mini-batch into the weights; keep the rows of one that stays open.
+# -------------------------------------------------------------------- between the seam and the passes
 
-        `filled` is the number of slots that `rows` covers; `kept` holds, for rows of the batch whose tokens ended in
-        an earlier mini-batch, what they keep.
-        """
-        size, tau = self.inputs.tau.shape[0], self.inputs.tau[-1]
-        if self.grid.uniform:
-            if filled == size:
-                return [_folded(pair, row, tau) for pair, row in zip(weights, rows, strict=True)], None
-            return weights, [tuple(F.pad(t, (0, 0, 0, size - filled)) for t in row) for row in rows]
-        complete = self._per_head(self.grid.complete[:, index])
-        if filled == size and self.grid.commits[index]:
-            committed = [(x, g * complete) for x, g in rows]
-            weights = [_folded(pair, row, tau) for pair, row in zip(weights, committed, strict=True)]
-        if index in self.grid.ends:
-            ends = self._per_head(self.grid.last == index)
-            padded = [tuple(F.pad(t, (0, 0, 0, size - filled)) for t in row) for row in rows]
-            kept = kept or [tuple(torch.zeros_like(t) for t in row) for row in padded]
-            kept = [
-                tuple(torch.where(ends, new * ~complete, old) for new, old in zip(row, before, strict=True))
-                for row, before in zip(padded, kept, strict=True)
-            ]
-        return weights, kept
 
-    def finish(self, collected: dict[str, list[Tensor]], weights: Weights, rows: Weights | None) -> ScanOutput:
-        """Put the mini-batches together again, in the caller's layout."""
-        inputs, grid = self.inputs, self.grid
-        joined = {
-            name: grid.unpack(torch.cat(parts, 1).unflatten(0, (self.batch, self.heads)), 2)
-            for name, parts in collected.items()
-        }
-        if rows is None:
-            rows = [tuple(w.new_zeros(w.shape[0], inputs.tau.shape[0], n) for n in w.shape[1:]) for w, _ in weights]
-        unflat = [[tuple(t.unflatten(0, (self.batch, self.heads)) for t in p) for p in s] for s in (weights, rows)]
-        z, norm = joined.pop("z"), joined.pop("gradient_norm", None)
-        gradients = joined.pop("gradients", None)
-        plasticity = None
-        if inputs.want_plasticity:
-            plasticity = inputs.tau[-1] * inputs.lr.abs() * norm
-            if grid.real is not None:
-                plasticity = plasticity.masked_fill(~grid.real[:, None], 0)
-        stats = joined
-        if inputs.want_stats:
-            stats["inner_grad_norm"] = norm
-        return ScanOutput(z, TTTState(*unflat), plasticity, gradients, stats)
+def _tensors(inputs: ScanInputs) -> list[Tensor]:
+    state = [] if inputs.state is None else list(inputs.state.to_tensors().values())
+    initial = [t for pair in inputs.initial_weights for t in pair]
+    fixed = [inputs.q, inputs.k, inputs.v, inputs.lr, inputs.tau, inputs.ln_weight, inputs.ln_bias]
+    return [*fixed, *initial, *state]
+
+
+def _operands(inputs: ScanInputs, tokens: AlignedTokens) -> Operands:
+    batch = inputs.q.shape[0]
+    initial = [torch.cat(pair, -2).repeat(batch, 1, 1) for pair in inputs.initial_weights]  # [N, in + 1, out]
+    start = initial
+    if inputs.state is not None:
+        start = [torch.cat(pair, -2).flatten(0, 1) for pair in inputs.state.weights]
+    carried = [tuple(t.flatten(0, 1) for t in pair) for pair in tokens.carried or []]
+    needs_initial = tokens.reset is not None or inputs.want_stats
+    return Operands(
+        tokens.q,
+        tokens.k,
+        tokens.v,
+        tokens.lr,
+        inputs.tau,
+        inputs.ln_weight,
+        inputs.ln_bias,
+        start,
+        initial if needs_initial else [],
+        carried,
+    )
+
+
+def _layout(inputs: ScanInputs, tokens: AlignedTokens, operands: Operands, differentiable: bool) -> Layout:
+    size, head_dim = inputs.tau.shape[0], inputs.q.shape[-1]
+    widths = [(weight.shape[1] - 1, weight.shape[2]) for weight in operands.start]
+    return Layout(
+        batch=inputs.q.shape[0],
+        heads=inputs.q.shape[1],
+        size=size,
+        count=tokens.count,
+        widths=widths,
+        carried_slots=tokens.carried_slots,
+        complete=tokens.complete,
+        commits=tokens.commits,
+        reset=tokens.reset,
+        resets=tokens.resets,
+        last=tokens.last,
+        ends=tokens.ends,
+        held=tokens.held,
+        want_norm=inputs.want_plasticity or inputs.want_stats,
+        want_stats=inputs.want_stats,
+        want_gradients=inputs.want_gradients,
+        state_stride=kept_stride(widths, size, head_dim) if differentiable else 0,
+    )
+
+
+def kept_stride(widths: list[tuple[int, int]], size: int, head_dim: int) -> int:
+    """Of how many mini-batches' states the backward finds one kept; it computes the others again."""
+    numbers = sum((width_in + 1) * width_out for width_in, width_out in widths)
+    # A state no larger than its mini-batch's q, k and v twice over is cheaper to keep.
+    return 1 if numbers <= 6 * size * head_dim else RECOMPUTED
+
+
+def _output(inputs: ScanInputs, tokens: AlignedTokens, result: ForwardResult) -> ScanOutput:
+    grid, shape = inputs.grid, inputs.q.shape[:2]
+    size = inputs.tau.shape[0]
+    weights = [(w[:, :-1].unflatten(0, shape), w[:, -1:].unflatten(0, shape)) for w in result.weights]
+    if result.rows:
+        rows = [tuple(t.unflatten(0, shape) for t in pair) for pair in result.rows]
+    else:
+        rows = [tuple(w.new_zeros(*shape, size, n) for n in w.shape[-2:]) for w, _ in weights]
+    norm = None if result.norm is None else unalign(result.norm, grid)
+    stats = {name: unalign(value, grid) for name, value in result.stats.items()}
+    if inputs.want_stats:
+        stats["inner_grad_norm"] = norm.detach()
+    gradients = None if result.gradients is None else unalign(result.gradients, grid)
+    return ScanOutput(unalign(result.z, grid), TTTState(weights, rows), _plasticity(inputs, norm), gradients, stats)
+
+
+def _plasticity(inputs: ScanInputs, norm: Tensor | None) -> Tensor | None:
+    """Norm of what each token commits, [B, H, T]; 0 at masked tokens."""
+    if not inputs.want_plasticity:
+        return None
+    plasticity = inputs.tau[-1] * inputs.lr.abs() * norm
+    return plasticity if inputs.grid.real is None else plasticity.masked_fill(~inputs.grid.real[:, None], 0)
+
+
+def _to_flat(result: ForwardResult) -> tuple[Tensor, ...]:
+    some = [t for t in (result.norm, result.gradients) if t is not None]
+    rows = [t for pair in result.rows for t in pair]
+    return (result.z, *some, *result.weights, *rows, *result.stats.values(), *result.states)
+
+
+def _from_flat(layout: Layout, flat) -> ForwardResult:
+    """The inverse of `_to_flat`; also for the gradients of its tensors, any of which may be None."""
+    rest = iter(flat)
+    depth = len(layout.widths)
+
+    def take(count: int) -> list:
+        return [next(rest) for _ in range(count)]
+
+    z = next(rest)
+    norm = next(rest) if layout.want_norm else None
+    gradients = next(rest) if layout.want_gradients else None
+    weights = take(depth)
+    rows = [tuple(take(2)) for _ in range(depth)] if layout.held is not None else []
+    stats = dict(zip(STATS, take(len(STATS)), strict=True)) if layout.want_stats else {}
+    return ForwardResult(z, norm, weights, rows, gradients, stats, take(depth) if layout.state_stride else [])
+
+
+# -------------------------------------------------------------------- inside one mini-batch
+
+
+def _stays_inside(inputs: ScanInputs) -> bool:
+    """The call's tokens lie in one mini-batch, at the same slots in every row, and nothing else is to be collected."""
+    grid = inputs.grid
+    collects = inputs.want_stats or inputs.want_gradients
+    return grid.uniform and grid.phase + grid.width <= inputs.tau.shape[0] and not collects
+
+
+def _within_mini_batch(inputs: ScanInputs) -> ScanOutput:
+    """Run n tokens that continue one mini-batch at slot s: reads over its rows 0..s+n-1, a commit if that fills it."""
+    grid, state, shape = inputs.grid, inputs.start(), inputs.q.shape[:2]
+    first, stop = grid.phase, grid.phase + grid.width
+    weights = [tuple(t.flatten(0, 1) for t in pair) for pair in state.weights]
+    q, k, v = (t.flatten(0, 1) for t in (inputs.q, inputs.k, inputs.v))  # [N, n, f]
+    ln_weight, ln_bias = (t[:, None].repeat(shape[0], 1, 1) for t in (inputs.ln_weight, inputs.ln_bias))
+    xs, zs = forward_chain(weights, k)
+    grad = reconstruction_gradient(zs[-1], scaled_residual(v - k, ln_weight, ln_bias), ln_weight.square())
+    gs = output_gradients(weights, zs, grad)
+    lr = inputs.lr.flatten(0, 1)[..., None]
+    rows = [
+        tuple(
+            torch.cat([old[:, :first], new, old[:, stop:]], 1)
+            for old, new in zip((t.flatten(0, 1) for t in pair), (x, lr * g), strict=True)
+        )
+        for pair, x, g in zip(state.rows, xs, gs, strict=True)
+    ]
+    z = _read_rows(weights, rows, q, inputs.tau[first:stop, None], stop)
+    if stop == inputs.tau.shape[0]:
+        weights = [_folded(pair, row, inputs.tau[-1]) for pair, row in zip(weights, rows, strict=True)]
+        rows = [tuple(torch.zeros_like(t) for t in pair) for pair in rows]
+    plasticity = None
+    if inputs.want_plasticity:
+        plasticity = _plasticity(inputs, gradient_norm(xs, gs).unflatten(0, shape))
+    weights, rows = ([tuple(t.unflatten(0, shape) for t in pair) for pair in pairs] for pairs in (weights, rows))
+    return ScanOutput(z.unflatten(0, shape), TTTState(weights, rows), plasticity)
+
+
+def _read_rows(weights: Weights, rows: Weights, x: Tensor, tau: Tensor, stop: int) -> Tensor:
+    """The net at the last n slots before `stop`, x [N, n, f], each with W - tau_t * (its own and earlier writes)."""
+    for i, ((weight, bias), (writer, g)) in enumerate(zip(weights, rows, strict=True)):
+        x = F.gelu(x, approximate="tanh") if i else x
+        scores = torch.baddbmm(x.new_ones(1), x, writer[:, :stop].transpose(1, 2)) * tau  # the 1 carries the bias
+        if x.shape[1] > 1:
+            scores = scores.tril(stop - x.shape[1])
+        x = torch.baddbmm(torch.baddbmm(bias, x, weight), scores, g[:, :stop], alpha=-1)
+    return x
+
+
+def _folded(pair: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], tau: Tensor) -> tuple[Tensor, Tensor]:
+    """(W, b) after the commit of `rows`."""
+    (weight, bias), (x, g) = pair, rows
+    step = tau * g
+    return torch.baddbmm(weight, x.transpose(1, 2), step, alpha=-1), bias - step.sum(1, keepdim=True)
 
 
 def gradient_norm(inner_inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
@@ -194,10 +275,3 @@ def gradient_norm(inner_inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
         for x, g in zip(inner_inputs, grads, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
-
-
-def _folded(pair: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], tau: Tensor) -> tuple[Tensor, Tensor]:
-    """(W, b) after the commit of `rows`."""
-    (weight, bias), (x, g) = pair, rows
-    step = tau * g
-    return torch.baddbmm(weight, x.transpose(1, 2), step, alpha=-1), bias - step.sum(1, keepdim=True)
