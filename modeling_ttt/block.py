@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_ttt import TTTConfig
@@ -60,7 +59,7 @@ class TTTPreConv(nn.Module):
 
 
 class TTTBlock(GradientCheckpointingLayer):
-    """A block of the model; the state of its TTT layer is read from its layer of the cache."""
+    """A block of the model; it goes on from the named state tensors `past`, an empty dict or None for a new state."""
 
     def __init__(self, config: TTTConfig, layer_idx: int):
         super().__init__()
@@ -76,16 +75,15 @@ class TTTBlock(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         grid: TokenGrid,
-        rotary: tuple[Tensor, Tensor],
-        past_key_values: Cache | None = None,
+        rotary: Tensor,
+        past: dict[str, Tensor] | None = None,
         lr_mult: Tensor | None = None,
         output_plasticity: bool = True,
         output_ttt_stats: bool = False,
+        output_state: bool = True,
     ) -> tuple[Tensor, Tensor | None, TTTStats | None, dict[str, Tensor] | None]:
-        """[B, T, C] -> ([B, T, C], plasticity [B, H, T], statistics, state tensors to store if there is a cache)."""
+        """[B, T, C] -> ([B, T, C], plasticity [B, H, T], statistics, named state tensors to go on from as `past`)."""
         grid = grid.to(hidden_states.device)
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        past = None if layer is None else layer.tensors
         tails = {}
         if hasattr(self, "conv"):
             convolved, tails["tail_pre"] = self.conv(hidden_states, (past or {}).get("tail_pre"), grid)
@@ -95,4 +93,4 @@ class TTTBlock(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + mixed
         hidden_states = hidden_states + self.mlp(self.ffn_norm(hidden_states))
-        return hidden_states, plasticity, stats, None if layer is None else state | tails
+        return hidden_states, plasticity, stats, state | tails if output_state else None

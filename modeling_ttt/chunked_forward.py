@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .inner_stats import state_drift, step_norm
-from .objective import reconstruction_gradient, reconstruction_loss, scaled_residual
+from .objective import reconstruction_gradient, reconstruction_loss
 
 __all__ = [
     "Block",
@@ -136,11 +136,12 @@ class Block:
         tau = operands.tau
         k, q, v, lr = (layout.cut(t, first, stop) for t in (operands.k, operands.q, operands.v, operands.lr))
         self.x, self.y = _extended(k), _extended(q)
-        target = v - k
-        self.target = target.flatten(1, 2) if layout.want_stats else None
-        ln_weight, ln_bias = operands.ln_weight[:, None], operands.ln_bias[:, None]
-        self.residual = scaled_residual(target, ln_weight, ln_bias).flatten(1, 2)
-        self.lr = lr.flatten(1, 2)[..., None]
+        # All contiguous: a batched product falls back to a loop over heads when its result is not.
+        residual = torch.sub(k, v, out=k.new_empty(k.shape))
+        self.target = -residual.flatten(1, 2) if layout.want_stats else None
+        residual.add_(operands.ln_bias[:, None]).mul_(operands.ln_weight[:, None])
+        self.residual = residual.flatten(1, 2)
+        self.lr = lr.contiguous().flatten(1, 2)[..., None]
         self.rate = (tau[:, None] * self.lr.transpose(2, 3)).tril_()
         self.scores = _bmm(self.y, self.x.transpose(2, 3)).mul_(self.rate)
         self.commit_rate = -tau[-1] * self.lr

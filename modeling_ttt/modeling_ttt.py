@@ -18,7 +18,9 @@ from .block import TTTBlock, TTTRMSNorm
 from .call_inputs import build_grid, expand_lr_mult, layer_lr_mults, prepare_cache, refuse_unknown
 from .configuration_ttt import TTTConfig
 from .rotary import rotary_table
+from .segments import columns_of, cut_into_segments
 from .short_conv import ShortConv
+from .token_grid import TokenGrid
 from .ttt_cache import clone_cache, load_cache, save_cache
 from .ttt_layer import TTTLayer
 from .ttt_outputs import TTTCausalLMOutput, TTTModelOutput
@@ -163,35 +165,55 @@ class TTTModel(TTTPreTrainedModel):
             past_key_values,
         )
         lr_mults = layer_lr_mults(config, ttt_lr_mult, grid)
-        theta, dtype = config.rope_parameters["rope_theta"], scan_dtype(inputs_embeds.dtype)
-        table = rotary_table(config.mini_batch_size, config.head_dim, theta, dtype, device)
-        rotary = (table[0][grid.slot], table[1][grid.slot])  # [B or 1, T, f/2]
-        hidden_states, plasticity, stats, states = inputs_embeds, [], [], []
-        for layer, lr_mult in zip(self.layers[: config.num_hidden_layers], lr_mults, strict=True):
-            hidden_states, layer_plasticity, layer_stats, state = layer(
-                hidden_states,
-                grid=grid,
-                rotary=rotary,
-                past_key_values=past_key_values,
-                lr_mult=lr_mult,
-                output_plasticity=output_plasticity,
-                output_ttt_stats=output_ttt_stats,
-            )
-            plasticity.append(layer_plasticity)
-            stats.append(layer_stats)
-            states.append(state)
-        hidden_states = self.norm(hidden_states)
+        recorded = kwargs.get("output_hidden_states", config.output_hidden_states)
+        segments = cut_into_segments(self, grid, capturing=output_ttt_stats or bool(recorded))
+        states: list[dict[str, Tensor]] = [{}] * config.num_hidden_layers
+        if past_key_values is not None:
+            states = [layer.tensors for layer in past_key_values.layers]
+        options = {
+            "output_plasticity": output_plasticity,
+            "output_ttt_stats": output_ttt_stats,
+            "output_state": past_key_values is not None or len(segments) > 1,
+        }
+        hidden_states = torch.empty_like(inputs_embeds) if len(segments) > 1 else None
+        plasticity = []
+        for columns, part in segments:
+            mults = [columns_of(lr_mult, columns) for lr_mult in lr_mults]
+            read, written, stats, states = self._run(inputs_embeds[:, columns], part, states, mults, options)
+            plasticity.append(written)
+            if hidden_states is None:
+                hidden_states = read
+            else:
+                hidden_states[:, columns] = read
         if past_key_values is not None:
             # Only now, so that a call that fails leaves the cache as it was.
-            position, seen = grid.advanced()
+            position, seen = part.advanced()
             for cache_layer, state in zip(past_key_values.layers, states, strict=True):
                 cache_layer.store(state | {"position": position, "seen": seen}, length)
+        if output_plasticity:
+            plasticity = (
+                plasticity[0] if len(segments) == 1 else [torch.cat(p, 2) for p in zip(*plasticity, strict=True)]
+            )
         return TTTModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
             plasticity=tuple(plasticity) if output_plasticity else None,
             ttt_stats=tuple(stats) if output_ttt_stats else None,
         )
+
+    def _run(self, hidden_states: Tensor, grid: TokenGrid, states: list, lr_mults: list, options: dict):
+        """One segment through all layers: hidden states [B, T, C] and per layer plasticity, statistics and state."""
+        config, dtype = self.config, scan_dtype(hidden_states.dtype)
+        theta = config.rope_parameters["rope_theta"]
+        table = rotary_table(config.mini_batch_size, config.head_dim, theta, dtype, hidden_states.device)
+        rotary = table[grid.slot]  # [B or 1, T, f/2]
+        found = []
+        for layer, past, lr_mult in zip(self.layers[: config.num_hidden_layers], states, lr_mults, strict=True):
+            hidden_states, *more = layer(
+                hidden_states, grid=grid, rotary=rotary, past=past, lr_mult=lr_mult, **options
+            )
+            found.append(more)
+        return self.norm(hidden_states), *zip(*found, strict=True)
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, batch: int) -> tuple[Cache | None, bool]:
         cache = prepare_cache(cache, self.config, batch)
@@ -333,6 +355,11 @@ def _float64_causal_loss(
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
     targets = shift_labels.reshape(-1).to(logits.device)
     return fixed_cross_entropy(logits.reshape(-1, vocab_size), targets, num_items_in_batch, ignore_index, **kwargs)
+
+
+def _joined(parts: list) -> list[Tensor]:
+    """Per layer the tensors [B, H, .] of several segments as one."""
+    return [torch.cat(layer, 2) for layer in zip(*parts, strict=True)]
 
 
 def _kept_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

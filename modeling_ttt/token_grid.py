@@ -73,6 +73,27 @@ class TokenGrid:
             self._elsewhere[device] = twin
         return self._elsewhere[device]
 
+    def segments(self, length: int) -> list[tuple[slice, "TokenGrid"]]:
+        """The call cut into calls of at most `length` columns that follow each other: columns and grid of each.
+
+        Cuts fall between mini-batches when all rows are at the same place.
+        """
+        if self.length <= length:
+            return [(slice(0, self.length), self)]
+        parts, position, seen, start = [], self.position, self.seen, 0
+        while start < self.length:
+            stop = min(start + length, self.length)
+            if self.uniform and start == 0:
+                stop = max(self.mini_batch_size - self.phase, stop - self.phase)
+            span = slice(start, stop)
+            real, border = (None if x is None else x[:, span] for x in (self.real, self.border))
+            part = TokenGrid(
+                (self.batch, stop - start), self.mini_batch_size, self.device, real, border, position, seen
+            )
+            parts.append((span, part))
+            (position, seen), start = part.advanced(), stop
+        return parts
+
     # ---------------------------------------------------------------- packed layout
 
     def pack(self, x: Tensor, dim: int) -> Tensor:

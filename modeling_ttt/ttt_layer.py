@@ -58,7 +58,7 @@ class TTTLayer(nn.Module):
         self,
         hidden_states: Tensor,
         grid: TokenGrid,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         past: dict[str, Tensor] | None = None,
         lr_mult: Tensor | None = None,
         output_plasticity: bool = True,
@@ -66,8 +66,9 @@ class TTTLayer(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, TTTStats | None]:
         """Mix the tokens of a call, [B, T, C], going on from the named state tensors `past`.
 
-        `rotary` holds cos and sin of every token, [B or 1, T, f/2]; `lr_mult`, broadcastable to [B, H, T], multiplies
-        the inner learning rate. Returns the mixed states [B, T, C], the new state tensors, plasticity and statistics.
+        `rotary` holds every token's turn cos + i sin, [B or 1, T, f/2]; `lr_mult`, broadcastable to [B, H, T],
+        multiplies the inner learning rate. Returns the mixed states [B, T, C], the new state tensors, plasticity and
+        statistics.
         """
         q, k, v, tails = self._project(hidden_states, grid, past)
         # Autocast would round the inner loop to half precision.
@@ -80,8 +81,9 @@ class TTTLayer(nn.Module):
 
     def _inner_loop(self, q, k, v, hidden_states, grid, rotary, past, lr_mult, output_plasticity, output_ttt_stats):
         """Write and read every token: the read-out [B, H, T, f], the scan's output and the statistics."""
-        dispersion = target_dispersion(v - k, grid.real) if output_ttt_stats else None
-        q, k = self.tap_q(rotate(q, *rotary)), self.tap_k(rotate(k, *rotary))
+        heads_first = [t.transpose(1, 2) for t in (rotate(q, rotary), rotate(k, rotary), v)]  # [B, H, T, f]
+        dispersion = target_dispersion((v - k).transpose(1, 2), grid.real) if output_ttt_stats else None
+        q, k, v = self.tap_q(heads_first[0]), self.tap_k(heads_first[1]), heads_first[2]
         lr = self.tap_lr(self._learning_rate(hidden_states, lr_mult, q.dtype)[..., None])[..., 0]  # [B, H, T]
         ln_weight, ln_bias = self.ttt_norm_weight.to(q.dtype), self.ttt_norm_bias.to(q.dtype)
         inputs = ScanInputs(
@@ -106,7 +108,10 @@ class TTTLayer(nn.Module):
         output = scan(inputs, self.config.ttt_backend)
         if inputs.want_gradients and self.tap_inner_grad(output.gradients) is not output.gradients:
             raise ValueError("tap_inner_grad is for reading: a hook returned something else; edit ttt_lr_mult instead")
-        readout = self.tap_readout(q + ln_weight[:, None] * unit_layer_norm(output.z) + ln_bias[:, None])
+        # Token-major, where these tensors are contiguous.
+        normed = unit_layer_norm(output.z.transpose(1, 2))
+        readout = torch.addcmul(q.transpose(1, 2) + ln_bias, ln_weight, normed)  # [B, T, H, f]
+        readout = self.tap_readout(readout.transpose(1, 2))
         stats = None
         if output_ttt_stats:
             shown = lr if grid.real is None else lr.masked_fill(~grid.real[:, None], 0)
@@ -131,7 +136,7 @@ class TTTLayer(nn.Module):
         return lr if lr_mult is None else lr * lr_mult.to(lr.device, dtype)
 
     def _project(self, hidden_states: Tensor, grid: TokenGrid, past: dict[str, Tensor] | None):
-        """Queries and keys before rotation and values, each [B, H, T, f] in the scan's dtype, and the new tails."""
+        """Queries and keys before rotation and values, each [B, T, H, f] in the scan's dtype, and the new tails."""
         tails = {}
         q, v = self.q_proj(hidden_states), self.v_proj(hidden_states)
         if self.config.share_qk:
@@ -142,7 +147,7 @@ class TTTLayer(nn.Module):
             k = self.k_proj(hidden_states)
         dtype = scan_dtype(hidden_states.dtype)
         heads = self.config.num_attention_heads
-        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2).to(dtype) for x in (q, k, v))
+        q, k, v = (x.unflatten(-1, (heads, -1)).to(dtype) for x in (q, k, v))
         return q, k, v, tails
 
     def _past_state(self, past: dict[str, Tensor] | None, dtype: torch.dtype) -> TTTState | None:

@@ -64,15 +64,14 @@ def test_both_inner_nets_have_the_official_shapes():
 
 
 def test_rotation_turns_neighbouring_pairs_by_the_slot():
-    cos, sin = rotary_table(4, 6, 100.0, torch.float64, "cpu")
-    x = torch.randn(1, 1, 4, 6, dtype=torch.float64)
-    turned = rotate(x, cos[None], sin[None])
+    x = torch.randn(1, 4, 1, 6, dtype=torch.float64)  # [B, T, H, f]
+    turned = rotate(x, rotary_table(4, 6, 100.0, torch.float64, "cpu")[None])
     for slot in range(4):
         for pair in range(3):
             angle = slot * 100.0 ** (-2 * pair / 6)
-            as_complex = torch.complex(x[0, 0, slot, 2 * pair], x[0, 0, slot, 2 * pair + 1])
+            as_complex = torch.complex(*x[0, slot, 0, 2 * pair : 2 * pair + 2])
             expected = as_complex * torch.exp(torch.tensor(1j * angle, dtype=torch.complex128))
-            got = torch.complex(turned[0, 0, slot, 2 * pair], turned[0, 0, slot, 2 * pair + 1])
+            got = torch.complex(*turned[0, slot, 0, 2 * pair : 2 * pair + 2])
             assert abs(complex(got - expected)) < 1e-12
 
 

@@ -1,0 +1,102 @@
+"""A long call runs in segments without anyone noticing: same numbers, hooks once per call, nothing kept on failure."""
+
+import pytest
+import torch
+
+from modeling_ttt import segments
+from modeling_ttt.token_grid import TokenGrid
+
+from .helpers import BACKBONES, cache_distance, distance, tiny, tokens
+
+OPTIONS = {
+    "plain": {},
+    "mask": {
+        "attention_mask": (torch.arange(61) % 7 > 1).expand(2, -1) & (torch.tensor([[5], [0]]) <= torch.arange(61))
+    },
+    "borders": {"reset_at": torch.zeros(2, 61, dtype=torch.bool).index_fill(1, torch.tensor([11, 16, 40]), True)},
+    "multiplier": {"ttt_lr_mult": torch.rand(2, 2, 2, 61, generator=torch.Generator().manual_seed(0))},
+}
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Segments of two mini-batches for two rows; counts how many ran."""
+    monkeypatch.setattr(segments, "SEGMENT_TOKENS", 16)
+    ran = []
+    original = TokenGrid.segments
+    monkeypatch.setattr(TokenGrid, "segments", lambda grid, n: ran.append(parts := original(grid, n)) or parts)
+    return ran
+
+
+@torch.no_grad()
+def both_ways(model, ran, ids, **kwargs):
+    """Outputs in one piece (a hook forces it) and in segments, each going on from a state of 6 tokens."""
+    results = []
+    for hooked in (True, False):
+        handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None) if hooked else None
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        results.append(model(ids, past_key_values=cache, **kwargs))
+        if hooked:
+            handle.remove()
+            assert len(ran[-1]) == 1
+    assert len(ran[-1]) > 5
+    return results
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_segments_change_nothing(short_segments, kind, option):
+    model = tiny(ttt_layer_type=kind, **BACKBONES["mamba"])
+    whole, cut = both_ways(model, short_segments, tokens(2, 61), **OPTIONS[option])
+    assert distance(whole.logits, cut.logits) < 1e-10
+    assert distance(whole.plasticity, cut.plasticity) < 1e-12
+    assert cache_distance(whole.past_key_values, cut.past_key_values) < 1e-12
+
+
+def test_frozen_from_counts_over_the_whole_call(short_segments):
+    model = tiny()
+    model.config.frozen_from = 30
+    whole, cut = both_ways(model, short_segments, tokens(2, 61))
+    assert distance(whole.logits, cut.logits) < 1e-10
+    assert cut.plasticity[0][:, :, 24:].abs().max() == 0 < cut.plasticity[0][:, :, 23].abs().min()
+
+
+def test_taps_fire_once_and_records_are_whole(short_segments):
+    model, ids, seen = tiny(), tokens(2, 61), []
+    handle = model.model.layers[1].seq_modeling_block.tap_k.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    with torch.no_grad():
+        model(ids)
+        handle.remove()
+        assert seen == [(2, 2, 61, 16)]
+        hidden = model(ids, output_hidden_states=True).hidden_states
+        assert [h.shape[1] for h in hidden] == [61] * 3 and len(short_segments[-1]) == 1
+        stats = model(ids, output_ttt_stats=True).ttt_stats
+        assert stats[0].loss_init.shape == (2, 2, 61) and len(short_segments[-1]) == 1
+        model(ids)  # the library's recording hooks stay behind, idle
+        assert len(short_segments[-1]) > 5
+
+
+def test_calls_with_gradients_are_not_cut(short_segments):
+    model = tiny()
+    model(tokens(2, 61)).logits.sum().backward()
+    assert len(short_segments[-1]) == 1
+
+
+def test_failure_in_a_late_segment_leaves_the_cache_as_it_was(short_segments, monkeypatch):
+    model, ids = tiny(), tokens(2, 61)
+    with torch.no_grad():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        before = {n: t.clone() for n, t in cache.layers[0].tensors.items()}
+        calls, run = [], model.model._run
+
+        def fail_late(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                raise RuntimeError("out of memory")
+            return run(*args)
+
+        monkeypatch.setattr(model.model, "_run", fail_late)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 6
+    assert all(torch.equal(cache.layers[0].tensors[n], t) for n, t in before.items())
