@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_ttt import TTTConfig
+from .segments import is_hooked
 from .short_conv import ShortConv
 from .token_grid import TokenGrid
 from .ttt_layer import TTTLayer
@@ -41,7 +42,11 @@ class TTTMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate = self.gate_proj(hidden_states)
+        if torch.is_grad_enabled() or not isinstance(self.act_fn, nn.SiLU) or is_hooked(self.gate_proj, self.act_fn):
+            return self.down_proj(self.act_fn(gate) * self.up_proj(hidden_states))
+        # The widest tensors of the model: without gradients and onlookers they are worked on in place.
+        return self.down_proj(F.silu(gate, inplace=True).mul_(self.up_proj(hidden_states)))
 
 
 class TTTPreConv(nn.Module):

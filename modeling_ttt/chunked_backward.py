@@ -72,7 +72,7 @@ def _retrace(layout: Layout, operands: Operands, block: Block, stored: list[Tens
         for parts, part in zip(held, ([w.clone() for w in weights], xs[1:], zs, gs), strict=True):
             parts.append(part)
         if layout.commits[index]:
-            commit(weights, block, j, xs, gs)
+            commit(weights, block.commit[j], block.commit_rate[j], xs, gs)
     states, xs, zs, gs = ([torch.stack(part) for part in zip(*parts, strict=True)] for parts in held)
     return _Trace(states, [block.x, *xs], zs, gs)
 

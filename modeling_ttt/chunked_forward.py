@@ -196,26 +196,35 @@ class _Loop:
         layout = self.layout
         z = torch.empty_like(block.residual)
         norms: list[list[Tensor]] = []
+        # One call cuts a tensor into its mini-batches; indexing would be a call for each.
+        x, y, residual, scores, rate, out = (
+            t.unbind() for t in (block.x, block.y, block.residual, block.scores, block.rate, z)
+        )
+        commits, commit_rates = block.commit.unbind(), block.commit_rate.unbind()
+        collects = layout.held is not None or layout.want_gradients or layout.want_stats
         for j in range(block.count):
             index = block.first + j
-            weights = reset(layout, weights, self.operands.initial, index)
-            self._store(weights, index)
-            xs, zs, gs = write(weights, block.x[j], block.residual[j], self.ln_weight_squared)
+            if layout.resets:
+                weights = reset(layout, weights, self.operands.initial, index)
+            if self.states:
+                self._store(weights, index)
+            xs, zs, gs = write(weights, x[j], residual[j], self.ln_weight_squared)
             if index == 0 and layout.carried_slots is not None:
                 carry_in(layout, self.operands.carried, xs, gs)
-            read(weights, block.y[j], block.scores[j], block.rate[j], xs, gs, out=z[j])
+            read(weights, y[j], scores[j], rate[j], xs, gs, out=out[j])
             if layout.want_norm:
                 norms.append([torch.linalg.vector_norm(t, dim=-1) for t in (*xs[1:], *gs)])
-            self._collect(block, j, weights, xs, zs, gs)
+            if collects:
+                self._collect(block, j, weights, xs, zs, gs)
             if layout.commits[index]:
-                commit(weights, block, j, xs, gs)
+                commit(weights, commits[j], commit_rates[j], xs, gs)
         layout.cut(self.z, block.first, block.first + block.count).copy_(z.unflatten(1, (layout.batch, layout.heads)))
         if layout.want_norm:
             self._store_norms(block, norms)
         return weights
 
     def _store(self, weights: list[Tensor], index: int) -> None:
-        if self.states and index % self.layout.state_stride == 0:
+        if index % self.layout.state_stride == 0:
             for states, weight in zip(self.states, weights, strict=True):
                 states[index // self.layout.state_stride].copy_(weight)
 
@@ -304,11 +313,11 @@ def read(weights: list[Tensor], y: Tensor, scores: Tensor, rate: Tensor, xs, gs,
     return z
 
 
-def commit(weights: list[Tensor], block: Block, j: int, xs, gs) -> None:
-    """Move the weights, in place, by the commit of mini-batch j of a block."""
-    weights[0].baddbmm_(block.commit[j], gs[0])
+def commit(weights: list[Tensor], first: Tensor, rate: Tensor, xs, gs) -> None:
+    """Move the weights, in place, by the commit of a mini-batch; `first` and `rate` are its `Block.commit(_rate)`."""
+    weights[0].baddbmm_(first, gs[0])
     for weight, x, g in zip(weights[1:], xs[1:], gs[1:], strict=True):
-        weight.baddbmm_(x.transpose(1, 2), g * block.commit_rate[j])
+        weight.baddbmm_(x.mT, g * rate)
 
 
 def reset(layout: Layout, weights: list[Tensor], initial: list[Tensor], index: int) -> list[Tensor]:
@@ -335,8 +344,9 @@ def activated(z: Tensor) -> Tensor:
 
 def _extended(x: Tensor) -> Tensor:
     """A view [m, B, H, K, f] -> contiguous [m, N, K, f + 1] with a 1 behind the features."""
-    out = x.new_ones(*x.shape[:-1], x.shape[-1] + 1)
-    out[..., :-1].copy_(x)
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] + 1)
+    out[..., -1:] = 1
+    out[..., :-1] = x
     return out.flatten(1, 2)
 
 

@@ -206,7 +206,7 @@ class TTTModel(TTTPreTrainedModel):
         config, dtype = self.config, scan_dtype(hidden_states.dtype)
         theta = config.rope_parameters["rope_theta"]
         table = rotary_table(config.mini_batch_size, config.head_dim, theta, dtype, hidden_states.device)
-        rotary = table[grid.slot]  # [B or 1, T, f/2]
+        rotary = table[grid.slot][:, :, None]  # [B or 1, T, 1, f/2]
         found = []
         for layer, past, lr_mult in zip(self.layers[: config.num_hidden_layers], states, lr_mults, strict=True):
             hidden_states, *more = layer(

@@ -13,7 +13,7 @@ from .aligned import AlignedTokens, align, unalign
 from .chunked_backward import backward
 from .chunked_forward import ForwardResult, Layout, Operands, forward
 from .inner_net import Weights, forward_chain, output_gradients
-from .objective import reconstruction_gradient, scaled_residual
+from .objective import reconstruction_gradient
 from .ttt_state import ScanInputs, ScanOutput, TTTState
 
 __all__ = ["scan_chunked", "unsupported"]
@@ -219,42 +219,55 @@ def _stays_inside(inputs: ScanInputs) -> bool:
 
 
 def _within_mini_batch(inputs: ScanInputs) -> ScanOutput:
-    """Run n tokens that continue one mini-batch at slot s: reads over its rows 0..s+n-1, a commit if that fills it."""
-    grid, state, shape = inputs.grid, inputs.start(), inputs.q.shape[:2]
-    first, stop = grid.phase, grid.phase + grid.width
-    weights = [tuple(t.flatten(0, 1) for t in pair) for pair in state.weights]
+    """Run n tokens that continue one mini-batch at slot s: reads over its rows 0..s+n-1, a commit if that fills it.
+
+    Such a call is all overhead when n is 1: every operation saved here shows in decoding.
+    """
+    grid, state = inputs.grid, inputs.start()
+    batch, heads, n, _ = inputs.q.shape
+    first, stop, size = grid.phase, grid.phase + n, inputs.tau.shape[0]
+    weights = [(w.flatten(0, 1), b.flatten(0, 1)) for w, b in state.weights]
     q, k, v = (t.flatten(0, 1) for t in (inputs.q, inputs.k, inputs.v))  # [N, n, f]
-    ln_weight, ln_bias = (t[:, None].repeat(shape[0], 1, 1) for t in (inputs.ln_weight, inputs.ln_bias))
+    ln_weight, ln_bias = (
+        t[None, :, None].expand(batch, -1, -1, -1).flatten(0, 1) for t in (inputs.ln_weight, inputs.ln_bias)
+    )
+    lr = inputs.lr.reshape(batch * heads, n, 1)
     xs, zs = forward_chain(weights, k)
-    grad = reconstruction_gradient(zs[-1], scaled_residual(v - k, ln_weight, ln_bias), ln_weight.square())
-    gs = output_gradients(weights, zs, grad)
-    lr = inputs.lr.flatten(0, 1)[..., None]
+    residual = (k - v).add_(ln_bias).mul_(ln_weight)
+    gs = output_gradients(weights, zs, reconstruction_gradient(zs[-1], residual, ln_weight * ln_weight))
     rows = [
-        tuple(
-            torch.cat([old[:, :first], new, old[:, stop:]], 1)
-            for old, new in zip((t.flatten(0, 1) for t in pair), (x, lr * g), strict=True)
-        )
-        for pair, x, g in zip(state.rows, xs, gs, strict=True)
+        (_with_rows(x.flatten(0, 1), new_x, first, stop), _with_rows(g.flatten(0, 1), lr * new_g, first, stop))
+        for (x, g), new_x, new_g in zip(state.rows, xs, gs, strict=True)
     ]
     z = _read_rows(weights, rows, q, inputs.tau[first:stop, None], stop)
-    if stop == inputs.tau.shape[0]:
+    if stop == size:
         weights = [_folded(pair, row, inputs.tau[-1]) for pair, row in zip(weights, rows, strict=True)]
-        rows = [tuple(torch.zeros_like(t) for t in pair) for pair in rows]
+        rows = [(torch.zeros_like(x), torch.zeros_like(g)) for x, g in rows]
     plasticity = None
     if inputs.want_plasticity:
-        plasticity = _plasticity(inputs, gradient_norm(xs, gs).unflatten(0, shape))
-    weights, rows = ([tuple(t.unflatten(0, shape) for t in pair) for pair in pairs] for pairs in (weights, rows))
-    return ScanOutput(z.unflatten(0, shape), TTTState(weights, rows), plasticity)
+        plasticity = _plasticity(inputs, gradient_norm(xs, gs).view(batch, heads, n))
+
+    def unflat(pairs: Weights) -> Weights:
+        return [(a.view(batch, heads, *a.shape[1:]), b.view(batch, heads, *b.shape[1:])) for a, b in pairs]
+
+    return ScanOutput(z.view(batch, heads, n, -1), TTTState(unflat(weights), unflat(rows)), plasticity)
+
+
+def _with_rows(rows: Tensor, new: Tensor, first: int, stop: int) -> Tensor:
+    """A copy of rows [N, K, .] with those of slots first..stop-1 replaced."""
+    rows = rows.clone()
+    rows[:, first:stop] = new
+    return rows
 
 
 def _read_rows(weights: Weights, rows: Weights, x: Tensor, tau: Tensor, stop: int) -> Tensor:
     """The net at the last n slots before `stop`, x [N, n, f], each with W - tau_t * (its own and earlier writes)."""
     for i, ((weight, bias), (writer, g)) in enumerate(zip(weights, rows, strict=True)):
         x = F.gelu(x, approximate="tanh") if i else x
-        scores = torch.baddbmm(x.new_ones(1), x, writer[:, :stop].transpose(1, 2)) * tau  # the 1 carries the bias
+        scores = torch.bmm(x, writer[:, :stop].mT).add_(1).mul_(tau)  # the 1 carries the bias
         if x.shape[1] > 1:
-            scores = scores.tril(stop - x.shape[1])
-        x = torch.baddbmm(torch.baddbmm(bias, x, weight), scores, g[:, :stop], alpha=-1)
+            scores = scores.tril_(stop - x.shape[1])
+        x = torch.baddbmm(bias, x, weight).baddbmm_(scores, g[:, :stop], alpha=-1)
     return x
 
 
@@ -262,7 +275,7 @@ def _folded(pair: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], tau: Tenso
     """(W, b) after the commit of `rows`."""
     (weight, bias), (x, g) = pair, rows
     step = tau * g
-    return torch.baddbmm(weight, x.transpose(1, 2), step, alpha=-1), bias - step.sum(1, keepdim=True)
+    return torch.baddbmm(weight, x.mT, step, alpha=-1), bias - step.sum(1, keepdim=True)
 
 
 def gradient_norm(inner_inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
@@ -271,7 +284,7 @@ def gradient_norm(inner_inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
     Each map contributes ||x (x) g||^2 + ||g||^2 = (||x||^2 + 1) ||g||^2.
     """
     parts = [
-        (x.square().sum(-1) + 1).sqrt() * torch.linalg.vector_norm(g, dim=-1)
+        (x.square().sum(-1) + 1).sqrt_() * torch.linalg.vector_norm(g, dim=-1)
         for x, g in zip(inner_inputs, grads, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)

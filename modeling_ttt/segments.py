@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from .token_grid import TokenGrid
 
-__all__ = ["columns_of", "cut_into_segments"]
+__all__ = ["columns_of", "cut_into_segments", "is_hooked"]
+
+RECORDER = "transformers.utils.output_capturing"
 
 SEGMENT_TOKENS = 1024
 """Tokens of all rows in one segment on a CPU, where a segment's tensors then stay in its caches."""
@@ -26,7 +28,7 @@ def cut_into_segments(model: nn.Module, grid: TokenGrid, capturing: bool) -> lis
     tokens = SEGMENT_TOKENS if grid.device.type == "cpu" else SEGMENT_TOKENS_ELSEWHERE
     length = max(1, tokens // (grid.batch * size)) * size
     whole = grid.length <= length or capturing or torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return grid.segments(grid.length if whole or _is_watched(model) else length)
+    return grid.segments(grid.length if whole or is_hooked(*list(model.modules())[1:]) else length)
 
 
 def columns_of(lr_mult: Tensor | None, columns: slice) -> Tensor | None:
@@ -34,16 +36,14 @@ def columns_of(lr_mult: Tensor | None, columns: slice) -> Tensor | None:
     return lr_mult if lr_mult is None or lr_mult.shape[-1] == 1 else lr_mult[..., columns]
 
 
-def _is_watched(model: nn.Module) -> bool:
-    """Some submodule has a hook; those that Transformers leaves behind to record outputs are idle in this call."""
+def is_hooked(*modules: nn.Module) -> bool:
+    """Some hook runs when one of the modules does; those Transformers leaves behind to record outputs do not count."""
     if nn.modules.module._has_any_global_hook():
         return True
-    for module in model.modules():
-        if module is model:
-            continue
-        if module._forward_pre_hooks:
-            return True
-        for hook in module._forward_hooks.values():
-            if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
-                return True
-    return False
+    return any(
+        module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or any(getattr(hook, "__module__", "") != RECORDER for hook in module._forward_hooks.values())
+        for module in modules
+    )

@@ -10,6 +10,7 @@ from .inner_stats import target_dispersion
 from .objective import unit_layer_norm
 from .rotary import rotate
 from .scan import scan
+from .segments import is_hooked
 from .short_conv import ShortConv
 from .token_grid import TokenGrid
 from .ttt_outputs import TTTStats
@@ -31,6 +32,8 @@ class TTTLayer(nn.Module):
         super().__init__()
         self.config = config
         width, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+        # Read often: attributes of a configuration are slow to look up.
+        self.num_heads, self.head_dim, self.inner_net = heads, head_dim, config.inner_net
         self.q_proj = nn.Linear(width, width, bias=False)
         if config.share_qk:
             self.conv_q = ShortConv(width, config.conv_kernel)
@@ -47,7 +50,7 @@ class TTTLayer(nn.Module):
         self.learnable_ttt_lr_bias = nn.Parameter(torch.zeros(heads, 1))
         self.ttt_norm_weight = nn.Parameter(torch.ones(heads, head_dim))
         self.ttt_norm_bias = nn.Parameter(torch.zeros(heads, head_dim))
-        net = config.inner_net
+        net = self.inner_net
         for names, (width_in, width_out) in zip(net.parameter_names, net.shapes(head_dim), strict=True):
             self.register_parameter(names[0], nn.Parameter(torch.zeros(heads, width_in, width_out)))
             self.register_parameter(names[1], nn.Parameter(torch.zeros(heads, 1, width_out)))
@@ -66,7 +69,7 @@ class TTTLayer(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, TTTStats | None]:
         """Mix the tokens of a call, [B, T, C], going on from the named state tensors `past`.
 
-        `rotary` holds every token's turn cos + i sin, [B or 1, T, f/2]; `lr_mult`, broadcastable to [B, H, T],
+        `rotary` holds every token's turn cos + i sin, [B or 1, T, 1, f/2]; `lr_mult`, broadcastable to [B, H, T],
         multiplies the inner learning rate. Returns the mixed states [B, T, C], the new state tensors, plasticity and
         statistics.
         """
@@ -87,7 +90,7 @@ class TTTLayer(nn.Module):
         lr = self.tap_lr(self._learning_rate(hidden_states, lr_mult, q.dtype)[..., None])[..., 0]  # [B, H, T]
         ln_weight, ln_bias = self.ttt_norm_weight.to(q.dtype), self.ttt_norm_bias.to(q.dtype)
         inputs = ScanInputs(
-            net=self.config.inner_net,
+            net=self.inner_net,
             q=q,
             k=k,
             v=v,
@@ -96,14 +99,13 @@ class TTTLayer(nn.Module):
             ln_weight=ln_weight,
             ln_bias=ln_bias,
             initial_weights=[
-                tuple(getattr(self, name).to(q.dtype) for name in names)
-                for names in self.config.inner_net.parameter_names
+                tuple(getattr(self, name).to(q.dtype) for name in names) for names in self.inner_net.parameter_names
             ],
             state=self._past_state(past, q.dtype),
             grid=grid,
             want_plasticity=output_plasticity,
             want_stats=output_ttt_stats,
-            want_gradients=_is_hooked(self.tap_inner_grad),
+            want_gradients=is_hooked(self.tap_inner_grad),
         )
         output = scan(inputs, self.config.ttt_backend)
         if inputs.want_gradients and self.tap_inner_grad(output.gradients) is not output.gradients:
@@ -120,19 +122,16 @@ class TTTLayer(nn.Module):
 
     def token_rate(self, dtype: torch.dtype) -> Tensor:
         """tau [K]: the factor of every position in the mini-batch, max(0, 1 / (j + 1) + learnable)."""
-        positions = torch.arange(
-            1, self.config.mini_batch_size + 1, device=self.learnable_token_idx.device, dtype=dtype
-        )
-        return (1 / positions + self.learnable_token_idx.to(dtype)).clamp(min=0)
+        learnable = self.learnable_token_idx.to(dtype)
+        positions = torch.arange(1, learnable.shape[0] + 1, device=learnable.device, dtype=dtype)
+        return (positions.reciprocal_() + learnable).clamp(min=0)
 
     def _learning_rate(self, hidden_states: Tensor, lr_mult: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Inner learning rate of every token's own write, base_lr * sigmoid(w . x + b) / f, [B, H, T]."""
-        weight, bias = (
-            self.learnable_ttt_lr_weight[:, 0].to(dtype),
-            self.learnable_ttt_lr_bias[:, 0].to(dtype),
-        )
-        gate = torch.sigmoid(F.linear(hidden_states.to(dtype), weight, bias)).transpose(1, 2)
-        lr = gate * (self.config.base_lr / self.config.head_dim)
+        weight = self.learnable_ttt_lr_weight.to(dtype).squeeze(1)
+        bias = self.learnable_ttt_lr_bias.to(dtype).squeeze(1)
+        gate = torch.sigmoid(F.linear(hidden_states.to(dtype), weight, bias))
+        lr = (gate * (self.config.base_lr / self.head_dim)).transpose(1, 2)
         return lr if lr_mult is None else lr * lr_mult.to(lr.device, dtype)
 
     def _project(self, hidden_states: Tensor, grid: TokenGrid, past: dict[str, Tensor] | None):
@@ -146,14 +145,14 @@ class TTTLayer(nn.Module):
         else:
             k = self.k_proj(hidden_states)
         dtype = scan_dtype(hidden_states.dtype)
-        heads = self.config.num_attention_heads
-        q, k, v = (x.unflatten(-1, (heads, -1)).to(dtype) for x in (q, k, v))
+        shape = (*v.shape[:2], self.num_heads, self.head_dim)
+        q, k, v = (x.reshape(shape).to(dtype) for x in (q, k, v))
         return q, k, v, tails
 
     def _past_state(self, past: dict[str, Tensor] | None, dtype: torch.dtype) -> TTTState | None:
         if not past:
             return None
-        depth = self.config.inner_net.depth
+        depth = self.inner_net.depth
         return TTTState.from_tensors({name: past[name].to(dtype) for name in TTTState.tensor_names(depth)}, depth)
 
     def _output(self, readout: Tensor, hidden_states: Tensor) -> Tensor:
@@ -162,13 +161,3 @@ class TTTLayer(nn.Module):
         if self.config.use_gate:
             mixed = F.gelu(self.g_proj(hidden_states), approximate="tanh") * mixed
         return self.o_proj(mixed)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks)

@@ -65,7 +65,7 @@ def test_both_inner_nets_have_the_official_shapes():
 
 def test_rotation_turns_neighbouring_pairs_by_the_slot():
     x = torch.randn(1, 4, 1, 6, dtype=torch.float64)  # [B, T, H, f]
-    turned = rotate(x, rotary_table(4, 6, 100.0, torch.float64, "cpu")[None])
+    turned = rotate(x, rotary_table(4, 6, 100.0, torch.float64, "cpu")[None, :, None])
     for slot in range(4):
         for pair in range(3):
             angle = slot * 100.0 ** (-2 * pair / 6)
