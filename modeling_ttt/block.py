@@ -25,10 +25,11 @@ class TTTRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype in (torch.float16, torch.bfloat16):
-            normed = F.rms_norm(hidden_states.float(), hidden_states.shape[-1:], eps=self.eps)
-            return self.weight * normed.to(hidden_states.dtype)
-        return F.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.eps)
+        # torch.rms_norm on a CPU is several times slower than its parts.
+        states = hidden_states.float() if hidden_states.dtype in (torch.float16, torch.bfloat16) else hidden_states
+        norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        scale = torch.rsqrt(norm.square() / states.shape[-1] + self.eps)
+        return self.weight * (states * scale).to(hidden_states.dtype)
 
 
 class TTTMLP(nn.Module):

@@ -10,13 +10,24 @@ deviation, J the LayerNorm backward (J is symmetric), p = gamma^2 xh + residual 
     dz = J(gamma^2 J(v)) - r mean(p xh) J(v) - (r / f) [ (v . xh) g + (v . g) xh ].
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .chunked_forward import Block, ForwardResult, Layout, Operands, activated, blocks, carry_in, commit, reset, write
+from .chunked_forward import (
+    Block,
+    ForwardResult,
+    Layout,
+    Operands,
+    blocks,
+    carry_in,
+    commit,
+    inner_inputs,
+    reset,
+    write,
+)
+from .gelu import gelu_backward, gelu_derivatives, gelu_with_gate
 from .objective import INNER_LN_EPS
 
 __all__ = ["backward"]
@@ -52,8 +63,13 @@ def _retrace(layout: Layout, operands: Operands, block: Block, stored: list[Tens
     carries = block.first == 0 and layout.carried_slots is not None
     if layout.state_stride == 1:
         states = [s[block.first : block.first + block.count] for s in stored]
-        tokens = (block.x.flatten(0, 1), block.residual.flatten(0, 1), squared.repeat(block.count, 1, 1))
-        parts = write([s.flatten(0, 1) for s in states], *tokens)
+        room = [t.flatten(0, 1) for t in inner_inputs(layout, block.x, block.count)]
+        parts = write(
+            [s.flatten(0, 1) for s in states],
+            [block.x.flatten(0, 1), *room],
+            block.residual.flatten(0, 1),
+            squared.repeat(block.count, 1, 1),
+        )
         xs, zs, gs = ([t.unflatten(0, (block.count, -1)) for t in part] for part in parts)
         if carries:
             first_xs, first_gs = [x[0] for x in xs], [g[0] for g in gs]
@@ -62,19 +78,25 @@ def _retrace(layout: Layout, operands: Operands, block: Block, stored: list[Tens
                 whole[0] = first
         return _Trace(states, xs, zs, gs)
     weights = [s[block.first // layout.state_stride].clone() for s in stored]
-    held: list[list[list[Tensor]]] = [[], [], [], []]
+    inputs = [block.x, *inner_inputs(layout, block.x, block.count)]
+    states = [w.new_empty(block.count, *w.shape) for w in weights]
+    held: list[list[list[Tensor]]] = [[], []]
     for j in range(block.count):
         index = block.first + j
         weights = weights if j == 0 else reset(layout, weights, operands.initial, index)
-        xs, zs, gs = write(weights, block.x[j], block.residual[j], squared)
+        for kept, weight in zip(states, weights, strict=True):
+            kept[j] = weight
+        xs, zs, gs = write(weights, [x[j] for x in inputs], block.residual[j], squared)
         if carries and j == 0:
             carry_in(layout, operands.carried, xs, gs)
-        for parts, part in zip(held, ([w.clone() for w in weights], xs[1:], zs, gs), strict=True):
-            parts.append(part)
-        if layout.commits[index]:
+            for whole, x in zip(inputs[1:], xs[1:], strict=True):
+                whole[0] = x
+        held[0].append(zs)
+        held[1].append(gs)
+        if layout.commits[index] and j + 1 < block.count:
             commit(weights, block.commit[j], block.commit_rate[j], xs, gs)
-    states, xs, zs, gs = ([torch.stack(part) for part in zip(*parts, strict=True)] for parts in held)
-    return _Trace(states, [block.x, *xs], zs, gs)
+    zs, gs = ([torch.stack(part) for part in zip(*parts, strict=True)] for parts in held)
+    return _Trace(states, inputs, zs, gs)
 
 
 class _Gradients:
@@ -149,10 +171,12 @@ class _Reads:
         layout, adjoint = gradients.layout, gradients.adjoint
         self.block, self.trace = block, trace
         depth = len(trace.xs)
-        self.ys, ws, products, scores = [block.y], [], [_matmul(block.y, block.x.mT)], [block.scores]
+        queries = inner_inputs(layout, block.x, block.count)
+        self.ys, ws, gates, products, scores = [block.y], [], [], [_matmul(block.y, block.x.mT)], [block.scores]
         for i in range(1, depth):
             ws.append(_matmul(self.ys[-1], trace.states[i - 1]) - _matmul(scores[-1], trace.gs[i - 1]))
-            self.ys.append(activated(ws[-1]))
+            self.ys.append(queries[i - 1])
+            gates.append(gelu_with_gate(ws[-1], out=self.ys[-1][..., :-1])[1])
             products.append(_matmul(self.ys[-1], trace.xs[i].mT))
             scores.append(products[-1] * block.rate)
         last = torch.zeros_like(block.residual)
@@ -170,7 +194,7 @@ class _Reads:
             self.dx.insert(0, _matmul(dproduct.mT, self.ys[i][..., :-1]))
             dy = _matmul(dw, trace.states[i][..., :-1, :].mT).add_(_matmul(dproduct, x))
             if i:
-                self.dws.insert(0, torch.ops.aten.gelu_backward(dy, ws[i - 1], approximate="tanh"))
+                self.dws.insert(0, gelu_backward(dy, ws[i - 1], gates[i - 1]))
         self.dq = dy
         self.lr = torch.zeros_like(block.lr[..., 0])
         if adjoint.norm is not None:
@@ -226,7 +250,7 @@ class _Chain:
         self.committed = [x * block.commit_rate for x in trace.xs]
         self.slopes, self.bends = [], []  # of the GELU between maps; bends times the gradient that passes through
         for i, z in enumerate(trace.zs[:-1]):
-            slope, bend = _gelu_derivatives(z)
+            slope, bend = gelu_derivatives(z)
             self.slopes.append(slope)
             self.bends.append(bend.mul_(_matmul(trace.gs[i + 1], trace.states[i + 1][..., :-1, :].mT)))
         self._stack_factors()
@@ -308,18 +332,6 @@ class _Chain:
 def _layer_norm_backward(upstream: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     mask = [True, False, False]
     return torch.ops.aten.native_layer_norm_backward(upstream, z, [z.shape[-1]], mean, rstd, None, None, mask)[0]
-
-
-def _gelu_derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivative of the tanh-GELU."""
-    scale, cubic = math.sqrt(2 / math.pi), 0.044715
-    square = x * x
-    t = torch.tanh(scale * x * (1 + cubic * square))
-    inner = scale * (1 + 3 * cubic * square)  # derivative of the tanh's argument
-    s = 1 - t * t
-    first = 0.5 * (1 + t + x * s * inner)
-    second = s * (inner + x * (3 * scale * cubic * x - t * inner * inner))
-    return first, second
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ features, so that the bias costs no operation of its own.
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .gelu import gelu_backward, gelu_with_gate
 from .inner_stats import state_drift, step_norm
 from .objective import reconstruction_gradient, reconstruction_loss
 
@@ -21,11 +21,11 @@ __all__ = [
     "ForwardResult",
     "Layout",
     "Operands",
-    "activated",
     "blocks",
     "carry_in",
     "commit",
     "forward",
+    "inner_inputs",
     "reset",
     "write",
 ]
@@ -188,6 +188,7 @@ class _Loop:
         self.rows: list[tuple[Tensor, Tensor]] = []
         self.gradients: list[Tensor] = []
         self.stats: dict[str, list[Tensor]] = {}
+        self.inputs, self.queries = (inner_inputs(layout, q) for _ in range(2))  # used again by every mini-batch
         stored = -(-layout.count // layout.state_stride) if layout.state_stride else 0
         self.states = [s.new_empty(stored, *s.shape) for s in operands.start] if stored else []
 
@@ -195,7 +196,10 @@ class _Loop:
         """All mini-batches of a block; the weights after it."""
         layout = self.layout
         z = torch.empty_like(block.residual)
-        norms: list[list[Tensor]] = []
+        depth = len(weights)
+        norms = (
+            z.new_empty(2 * depth - 1, *z.shape[:-1]) if layout.want_norm else None
+        )  # of inputs from map 2 on, of g
         # One call cuts a tensor into its mini-batches; indexing would be a call for each.
         x, y, residual, scores, rate, out = (
             t.unbind() for t in (block.x, block.y, block.residual, block.scores, block.rate, z)
@@ -208,12 +212,13 @@ class _Loop:
                 weights = reset(layout, weights, self.operands.initial, index)
             if self.states:
                 self._store(weights, index)
-            xs, zs, gs = write(weights, x[j], residual[j], self.ln_weight_squared)
+            xs, zs, gs = write(weights, [x[j], *self.inputs], residual[j], self.ln_weight_squared)
             if index == 0 and layout.carried_slots is not None:
                 carry_in(layout, self.operands.carried, xs, gs)
-            read(weights, y[j], scores[j], rate[j], xs, gs, out=out[j])
+            read(weights, [y[j], *self.queries], scores[j], rate[j], xs, gs, out=out[j])
             if layout.want_norm:
-                norms.append([torch.linalg.vector_norm(t, dim=-1) for t in (*xs[1:], *gs)])
+                for i, t in enumerate((*xs[1:], *gs)):
+                    torch.linalg.vector_norm(t, dim=-1, out=norms[i, j])
             if collects:
                 self._collect(block, j, weights, xs, zs, gs)
             if layout.commits[index]:
@@ -228,12 +233,11 @@ class _Loop:
             for states, weight in zip(self.states, weights, strict=True):
                 states[index // self.layout.state_stride].copy_(weight)
 
-    def _store_norms(self, block: Block, norms: list[list[Tensor]]) -> None:
+    def _store_norms(self, block: Block, norms: Tensor) -> None:
         """n_t = sqrt(sum over maps of (||x||^2 + 1) ||g||^2); the inputs' 1 is already in ||x||."""
         depth = len(self.operands.start)
-        parts = [torch.stack(part) for part in zip(*norms, strict=True)]
-        inputs = [torch.linalg.vector_norm(block.x, dim=-1), *parts[: depth - 1]]
-        terms = [x * g for x, g in zip(inputs, parts[depth - 1 :], strict=True)]
+        inputs = [torch.linalg.vector_norm(block.x, dim=-1), *norms[: depth - 1]]
+        terms = [x * g for x, g in zip(inputs, norms[depth - 1 :], strict=True)]
         norm = terms[0] if depth == 1 else torch.linalg.vector_norm(torch.stack(terms), dim=0)
         target = self.layout.cut(self.norm, block.first, block.first + block.count)
         target.copy_(norm.unflatten(1, (self.layout.batch, self.layout.heads)))
@@ -260,9 +264,9 @@ class _Loop:
         norm = [t[:, None].repeat(batch, 1, 1) for t in (self.operands.ln_weight, self.operands.ln_bias)]
         own_scores = torch.bmm(xs[0], xs[0].transpose(1, 2)).mul_(block.rate[j])
         outputs = {
-            "loss_init": apply_maps(initial, xs[0])[1][-1],
+            "loss_init": apply_maps(initial, [xs[0], *self.queries])[0][-1],
             "loss_before": zs[-1],
-            "loss_after": read(weights, xs[0], own_scores, block.rate[j], xs, gs),
+            "loss_after": read(weights, [xs[0], *self.queries], own_scores, block.rate[j], xs, gs),
         }
         losses = {name: reconstruction_loss(z, block.target[j], *norm) for name, z in outputs.items()}
         writes = [(x, block.lr[j] * g) for x, g in zip(xs, gs, strict=True)]
@@ -283,33 +287,48 @@ class _Loop:
 # -------------------------------------------------------------------- one mini-batch
 
 
-def apply_maps(weights: list[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs (with their 1) and outputs of every map at x [N, K, f + 1]."""
-    xs, zs = [x], [torch.bmm(x, weights[0])]
-    for weight in weights[1:]:
-        xs.append(activated(zs[-1]))
-        zs.append(torch.bmm(xs[-1], weight))
-    return xs, zs
+def inner_inputs(layout: Layout, like: Tensor, *leading: int) -> list[Tensor]:
+    """Room for the inputs of maps 2, 3, ... with their 1, [*leading, N, K, in + 1]."""
+    shape = (*leading, layout.batch * layout.heads, layout.size)
+    return [like.new_ones(*shape, width_in + 1) for width_in, _ in layout.widths[1:]]
 
 
-def write(weights: list[Tensor], x: Tensor, residual: Tensor, ln_weight_squared: Tensor):
-    """Inputs (with their 1), outputs and gradients of every map for the tokens of one mini-batch."""
-    xs, zs = apply_maps(weights, x)
+def apply_maps(weights: list[Tensor], xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of every map at xs[0] [N, K, f + 1] and the gates of the GELUs between.
+
+    The inputs of the maps after the first are written to xs[1:].
+    """
+    zs, gates = [torch.bmm(xs[0], weights[0])], []
+    for weight, x in zip(weights[1:], xs[1:], strict=True):
+        gates.append(gelu_with_gate(zs[-1], out=x[..., :-1])[1])
+        zs.append(torch.bmm(x, weight))
+    return zs, gates
+
+
+def write(weights: list[Tensor], xs: list[Tensor], residual: Tensor, ln_weight_squared: Tensor):
+    """Inputs (with their 1), outputs and gradients of every map for the tokens of one mini-batch.
+
+    `xs` holds the keys and room for the other inputs, which it returns filled, in a new list.
+    """
+    zs, gates = apply_maps(weights, xs)
     gs = [reconstruction_gradient(zs[-1], residual, ln_weight_squared)]
     for i in range(len(weights) - 1, 0, -1):
-        upstream = torch.bmm(gs[0], weights[i][:, :-1].transpose(1, 2))
-        gs.insert(0, torch.ops.aten.gelu_backward(upstream, zs[i - 1], approximate="tanh"))
-    return xs, zs, gs
+        upstream = torch.bmm(gs[0], weights[i][:, :-1].mT)
+        gs.insert(0, gelu_backward(upstream, zs[i - 1], gates[i - 1]))
+    return list(xs), zs, gs
 
 
-def read(weights: list[Tensor], y: Tensor, scores: Tensor, rate: Tensor, xs, gs, out: Tensor | None = None) -> Tensor:
-    """The net at queries y [N, K, f + 1], each with its own weights W - sum of rate times the writes up to it."""
+def read(weights: list[Tensor], ys: list[Tensor], scores: Tensor, rate: Tensor, xs, gs, out: Tensor | None = None):
+    """The net at queries ys[0] [N, K, f + 1], each with its own weights W - sum of rate times the writes up to it.
+
+    ys[1:] is room for the inputs of the maps after the first; `scores` are those of the first map.
+    """
+    last = len(weights) - 1
     for i, weight in enumerate(weights):
-        last = i == len(weights) - 1
-        z = torch.bmm(y, weight, out=out if last else None).baddbmm_(scores, gs[i], alpha=-1)
-        if not last:
-            y = activated(z)
-            scores = torch.bmm(y, xs[i + 1].transpose(1, 2)).mul_(rate)
+        z = torch.bmm(ys[i], weight, out=out if i == last else None).baddbmm_(scores, gs[i], alpha=-1)
+        if i < last:
+            gelu_with_gate(z, out=ys[i + 1][..., :-1])
+            scores = torch.bmm(ys[i + 1], xs[i + 1].mT).mul_(rate)
     return z
 
 
@@ -334,12 +353,7 @@ def carry_in(layout: Layout, carried: list[tuple[Tensor, Tensor]], xs: list[Tens
     for i, (x, g) in enumerate(carried):
         gs[i] = torch.where(mark, g, gs[i])
         if i:  # the keys of the first map are aligned with them already
-            xs[i] = torch.where(mark, F.pad(x, (0, 1), value=1.0), xs[i])
-
-
-def activated(z: Tensor) -> Tensor:
-    """tanh-GELU with a 1 behind the features, the input of the next map."""
-    return F.pad(F.gelu(z, approximate="tanh"), (0, 1), value=1.0)
+            xs[i] = torch.where(mark, torch.cat([x, torch.ones_like(x[..., :1])], -1), xs[i])
 
 
 def _extended(x: Tensor) -> Tensor:
