@@ -1,9 +1,8 @@
 """Backward pass of the dual form, derived by hand: only the adjoint of the inner weights runs token-backwards in time.
 
-Per block of mini-batches the states are taken from those the forward stored (or computed again from the nearest one),
-everything that does not depend on the later mini-batches is worked out at once, and the loop over mini-batches in
-reverse holds the rest. Letters as in `chunked_forward`: x, z, g are input, output and inner gradient of a map for the
-tokens that write, y and w the same chain for the queries, S = [W; b]; a leading d marks the adjoint (the gradient of
+Block by block the states are computed again from the one the forward kept; everything that does not depend on the
+later mini-batches is worked out at once, and the loop over mini-batches in reverse holds the rest. Letters as in
+`chunked_forward`: x, z, g are input, output and inner gradient of a map for the tokens that write, y and w the same chain for the queries, S = [W; b]; a leading d marks the adjoint (the gradient of
 the outer loss). Derivation of the LayerNorm's second-order terms: with xh the normalised z, r its reciprocal
 deviation, J the LayerNorm backward (J is symmetric), p = gamma^2 xh + residual and g = J(p), an adjoint v of g gives
     d_residual = J(v),  d_gamma^2 = J(v) xh,
@@ -32,15 +31,11 @@ from .objective import INNER_LN_EPS
 
 __all__ = ["backward"]
 
-KEPT_BLOCK = 16
-"""Mini-batches worked on at once when every state was kept."""
-
 
 def backward(layout: Layout, operands: Operands, states: list[Tensor], adjoint: ForwardResult) -> list[Tensor | None]:
     """Gradients of `operands.flat()` from the adjoints of the forward's results (None where there is none)."""
     sums = _Gradients(layout, operands, adjoint)
-    step = KEPT_BLOCK if layout.state_stride == 1 else layout.state_stride
-    for first, stop in reversed(list(blocks(layout, step))):
+    for first, stop in reversed(list(blocks(layout, layout.stride))):
         block = Block(layout, operands, first, stop)
         trace = _retrace(layout, operands, block, states)
         sums.add(block, trace)
@@ -49,54 +44,41 @@ def backward(layout: Layout, operands: Operands, states: list[Tensor], adjoint: 
 
 @dataclass
 class _Trace:
-    """What the forward computed in a block: states S, x, z, g of every map, each with leading [m, N]."""
+    """What the forward computed in a block: states S, x, z, g of every map, each with leading [m, N].
+
+    `passed` is the gradient at the output of every GELU, before it goes through it.
+    """
 
     states: list[Tensor]
     xs: list[Tensor]
     zs: list[Tensor]
     gs: list[Tensor]
+    passed: list[Tensor]
 
 
 def _retrace(layout: Layout, operands: Operands, block: Block, stored: list[Tensor]) -> _Trace:
     """Compute the writes of a block again."""
     squared = operands.ln_weight.square()[:, None].repeat(layout.batch, 1, 1)
     carries = block.first == 0 and layout.carried_slots is not None
-    if layout.state_stride == 1:
-        states = [s[block.first : block.first + block.count] for s in stored]
-        room = [t.flatten(0, 1) for t in inner_inputs(layout, block.x, block.count)]
-        parts = write(
-            [s.flatten(0, 1) for s in states],
-            [block.x.flatten(0, 1), *room],
-            block.residual.flatten(0, 1),
-            squared.repeat(block.count, 1, 1),
-        )
-        xs, zs, gs = ([t.unflatten(0, (block.count, -1)) for t in part] for part in parts)
-        if carries:
-            first_xs, first_gs = [x[0] for x in xs], [g[0] for g in gs]
-            carry_in(layout, operands.carried, first_xs, first_gs)
-            for whole, first in zip((*xs[1:], *gs), (*first_xs[1:], *first_gs), strict=True):
-                whole[0] = first
-        return _Trace(states, xs, zs, gs)
-    weights = [s[block.first // layout.state_stride].clone() for s in stored]
+    weights = [s[block.first // layout.stride].clone() for s in stored]
     inputs = [block.x, *inner_inputs(layout, block.x, block.count)]
     states = [w.new_empty(block.count, *w.shape) for w in weights]
-    held: list[list[list[Tensor]]] = [[], []]
+    held: list[list[list[Tensor]]] = [[], [], []]
     for j in range(block.count):
         index = block.first + j
         weights = weights if j == 0 else reset(layout, weights, operands.initial, index)
         for kept, weight in zip(states, weights, strict=True):
             kept[j] = weight
-        xs, zs, gs = write(weights, [x[j] for x in inputs], block.residual[j], squared)
+        xs, *rest = write(weights, [x[j] for x in inputs], block.residual[j], squared)
         if carries and j == 0:
-            carry_in(layout, operands.carried, xs, gs)
+            carry_in(layout, operands.carried, xs, rest[1])
             for whole, x in zip(inputs[1:], xs[1:], strict=True):
                 whole[0] = x
-        held[0].append(zs)
-        held[1].append(gs)
+        for parts, part in zip(held, rest, strict=True):
+            parts.append(part)
         if layout.commits[index] and j + 1 < block.count:
-            commit(weights, block.commit[j], block.commit_rate[j], xs, gs)
-    zs, gs = ([torch.stack(part) for part in zip(*parts, strict=True)] for parts in held)
-    return _Trace(states, inputs, zs, gs)
+            commit(weights, block.commit[j], block.commit_rate[j], xs, rest[1])
+    return _Trace(states, inputs, *([torch.stack(part) for part in zip(*parts, strict=True)] for parts in held))
 
 
 class _Gradients:
@@ -252,7 +234,7 @@ class _Chain:
         for i, z in enumerate(trace.zs[:-1]):
             slope, bend = gelu_derivatives(z)
             self.slopes.append(slope)
-            self.bends.append(bend.mul_(_matmul(trace.gs[i + 1], trace.states[i + 1][..., :-1, :].mT)))
+            self.bends.append(bend.mul_(trace.passed[i]))
         self._stack_factors()
 
     def _stack_factors(self) -> None:

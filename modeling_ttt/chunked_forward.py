@@ -30,6 +30,8 @@ __all__ = [
     "write",
 ]
 
+STATE_TOKENS = 128
+"""Tokens per row between two states that are kept for the backward."""
 BLOCK_TOKENS = 512
 """Tokens of all rows whose weight-independent terms are held at once; bounds what a scan needs beside its outputs."""
 
@@ -38,7 +40,8 @@ BLOCK_TOKENS = 512
 class Layout:
     """Sizes of a call and what happens at the borders between mini-batches; see `AlignedTokens`.
 
-    `widths` holds (in, out) of every map; `state_stride` n > 0 asks for the weights before every n-th mini-batch.
+    `widths` holds (in, out) of every map; with `keep_states` the weights before every `stride`-th mini-batch are kept
+    for the backward, which computes those between again.
     """
 
     batch: int
@@ -57,7 +60,12 @@ class Layout:
     want_norm: bool = True
     want_stats: bool = False
     want_gradients: bool = False
-    state_stride: int = 0
+    keep_states: bool = False
+
+    @property
+    def stride(self) -> int:
+        """Mini-batches from one kept state to the next."""
+        return max(1, STATE_TOKENS // self.size)
 
     def per_head(self, rows: Tensor) -> Tensor:
         """[B] -> [N, 1, 1]."""
@@ -163,8 +171,8 @@ def blocks(layout: Layout, step: int = 0):
 def forward(layout: Layout, operands: Operands) -> ForwardResult:
     """Run the inner loop over all mini-batches of a call.
 
-    With `layout.state_stride` n > 0 the weights at the start of every n-th mini-batch are returned as `states`,
-    per map [ceil(M / n), N, in + 1, out].
+    With `layout.keep_states` the weights at the start of every `stride`-th mini-batch are returned as `states`, per map
+    [ceil(M / stride), N, in + 1, out].
     """
     weights = [weight.clone() for weight in operands.start]  # moved in place
     loop = _Loop(layout, operands)
@@ -189,7 +197,7 @@ class _Loop:
         self.gradients: list[Tensor] = []
         self.stats: dict[str, list[Tensor]] = {}
         self.inputs, self.queries = (inner_inputs(layout, q) for _ in range(2))  # used again by every mini-batch
-        stored = -(-layout.count // layout.state_stride) if layout.state_stride else 0
+        stored = -(-layout.count // layout.stride) if layout.keep_states else 0
         self.states = [s.new_empty(stored, *s.shape) for s in operands.start] if stored else []
 
     def run(self, block: Block, weights: list[Tensor]) -> list[Tensor]:
@@ -212,7 +220,7 @@ class _Loop:
                 weights = reset(layout, weights, self.operands.initial, index)
             if self.states:
                 self._store(weights, index)
-            xs, zs, gs = write(weights, [x[j], *self.inputs], residual[j], self.ln_weight_squared)
+            xs, zs, gs, _ = write(weights, [x[j], *self.inputs], residual[j], self.ln_weight_squared)
             if index == 0 and layout.carried_slots is not None:
                 carry_in(layout, self.operands.carried, xs, gs)
             read(weights, [y[j], *self.queries], scores[j], rate[j], xs, gs, out=out[j])
@@ -229,9 +237,9 @@ class _Loop:
         return weights
 
     def _store(self, weights: list[Tensor], index: int) -> None:
-        if index % self.layout.state_stride == 0:
+        if index % self.layout.stride == 0:
             for states, weight in zip(self.states, weights, strict=True):
-                states[index // self.layout.state_stride].copy_(weight)
+                states[index // self.layout.stride].copy_(weight)
 
     def _store_norms(self, block: Block, norms: Tensor) -> None:
         """n_t = sqrt(sum over maps of (||x||^2 + 1) ||g||^2); the inputs' 1 is already in ||x||."""
@@ -308,14 +316,16 @@ def apply_maps(weights: list[Tensor], xs: list[Tensor]) -> tuple[list[Tensor], l
 def write(weights: list[Tensor], xs: list[Tensor], residual: Tensor, ln_weight_squared: Tensor):
     """Inputs (with their 1), outputs and gradients of every map for the tokens of one mini-batch.
 
-    `xs` holds the keys and room for the other inputs, which it returns filled, in a new list.
+    The fourth list holds what comes back through maps 2, 3, ...: the gradients at the outputs of the GELUs. `xs` is
+    the keys and room for the other inputs, which it returns filled, in a new list.
     """
     zs, gates = apply_maps(weights, xs)
     gs = [reconstruction_gradient(zs[-1], residual, ln_weight_squared)]
+    passed: list[Tensor] = []
     for i in range(len(weights) - 1, 0, -1):
-        upstream = torch.bmm(gs[0], weights[i][:, :-1].mT)
-        gs.insert(0, gelu_backward(upstream, zs[i - 1], gates[i - 1]))
-    return list(xs), zs, gs
+        passed.insert(0, torch.bmm(gs[0], weights[i][:, :-1].mT))
+        gs.insert(0, gelu_backward(passed[0], zs[i - 1], gates[i - 1]))
+    return list(xs), zs, gs, passed
 
 
 def read(weights: list[Tensor], ys: list[Tensor], scores: Tensor, rate: Tensor, xs, gs, out: Tensor | None = None):

@@ -19,8 +19,6 @@ from .ttt_state import ScanInputs, ScanOutput, TTTState
 __all__ = ["scan_chunked", "unsupported"]
 
 STATS = ("loss_init", "loss_before", "loss_after", "state_drift", "step_norm")
-RECOMPUTED = 8
-"""Mini-batches whose states the backward recomputes together when they are too large to be kept."""
 
 
 def unsupported(inputs: ScanInputs) -> str | None:
@@ -131,7 +129,7 @@ def _operands(inputs: ScanInputs, tokens: AlignedTokens) -> Operands:
 
 
 def _layout(inputs: ScanInputs, tokens: AlignedTokens, operands: Operands, differentiable: bool) -> Layout:
-    size, head_dim = inputs.tau.shape[0], inputs.q.shape[-1]
+    size = inputs.tau.shape[0]
     widths = [(weight.shape[1] - 1, weight.shape[2]) for weight in operands.start]
     return Layout(
         batch=inputs.q.shape[0],
@@ -150,15 +148,8 @@ def _layout(inputs: ScanInputs, tokens: AlignedTokens, operands: Operands, diffe
         want_norm=inputs.want_plasticity or inputs.want_stats,
         want_stats=inputs.want_stats,
         want_gradients=inputs.want_gradients,
-        state_stride=kept_stride(widths, size, head_dim) if differentiable else 0,
+        keep_states=differentiable,
     )
-
-
-def kept_stride(widths: list[tuple[int, int]], size: int, head_dim: int) -> int:
-    """Of how many mini-batches' states the backward finds one kept; it computes the others again."""
-    numbers = sum((width_in + 1) * width_out for width_in, width_out in widths)
-    # A state no larger than its mini-batch's q, k and v twice over is cheaper to keep.
-    return 1 if numbers <= 6 * size * head_dim else RECOMPUTED
 
 
 def _output(inputs: ScanInputs, tokens: AlignedTokens, result: ForwardResult) -> ScanOutput:
@@ -205,7 +196,7 @@ def _from_flat(layout: Layout, flat) -> ForwardResult:
     weights = take(depth)
     rows = [tuple(take(2)) for _ in range(depth)] if layout.held is not None else []
     stats = dict(zip(STATS, take(len(STATS)), strict=True)) if layout.want_stats else {}
-    return ForwardResult(z, norm, weights, rows, gradients, stats, take(depth) if layout.state_stride else [])
+    return ForwardResult(z, norm, weights, rows, gradients, stats, take(depth) if layout.keep_states else [])
 
 
 # -------------------------------------------------------------------- inside one mini-batch

@@ -112,7 +112,7 @@ class TTTLayer(nn.Module):
             raise ValueError("tap_inner_grad is for reading: a hook returned something else; edit ttt_lr_mult instead")
         # Token-major, where these tensors are contiguous.
         normed = unit_layer_norm(output.z.transpose(1, 2))
-        readout = torch.addcmul(q.transpose(1, 2) + ln_bias, ln_weight, normed)  # [B, T, H, f]
+        readout = (q.transpose(1, 2) + ln_bias).addcmul_(ln_weight, normed)  # [B, T, H, f]
         readout = self.tap_readout(readout.transpose(1, 2))
         stats = None
         if output_ttt_stats:
