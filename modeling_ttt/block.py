@@ -60,8 +60,8 @@ class TTTPreConv(nn.Module):
 
     def forward(self, hidden_states: Tensor, tail: Tensor | None, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         """Convolved states [B, T, C] and the tail to go on from."""
-        normed = self.norm(hidden_states)
-        return self.conv(normed, tail, grid), self.conv.next_tail(normed, tail, grid)
+        padded = self.conv.padded(self.norm(hidden_states), tail)
+        return self.conv(padded, grid), self.conv.next_tail(padded, grid)
 
 
 class TTTBlock(GradientCheckpointingLayer):
@@ -70,6 +70,7 @@ class TTTBlock(GradientCheckpointingLayer):
     def __init__(self, config: TTTConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
+        self.pre_conv = config.pre_conv
         if config.pre_conv:
             self.conv = TTTPreConv(config)
         self.seq_norm = TTTRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -91,7 +92,7 @@ class TTTBlock(GradientCheckpointingLayer):
         """[B, T, C] -> ([B, T, C], plasticity [B, H, T], statistics, named state tensors to go on from as `past`)."""
         grid = grid.to(hidden_states.device)
         tails = {}
-        if hasattr(self, "conv"):
+        if self.pre_conv:
             convolved, tails["tail_pre"] = self.conv(hidden_states, (past or {}).get("tail_pre"), grid)
             hidden_states = hidden_states + convolved
         mixed, state, plasticity, stats = self.seq_modeling_block(

@@ -2,9 +2,11 @@
 
 Block by block the states are computed again from the one the forward kept; everything that does not depend on the
 later mini-batches is worked out at once, and the loop over mini-batches in reverse holds the rest. Letters as in
-`chunked_forward`: x, z, g are input, output and inner gradient of a map for the tokens that write, y and w the same chain for the queries, S = [W; b]; a leading d marks the adjoint (the gradient of
-the outer loss). Derivation of the LayerNorm's second-order terms: with xh the normalised z, r its reciprocal
-deviation, J the LayerNorm backward (J is symmetric), p = gamma^2 xh + residual and g = J(p), an adjoint v of g gives
+`chunked_forward`: x, z, g are input, output and inner gradient of a map for the tokens that write, y and w the same
+chain for the queries, S = [W; b]; a leading d marks the adjoint (the gradient of the outer loss).
+
+Second-order terms of the LayerNorm: with xh the normalised z, r its reciprocal deviation, J the LayerNorm backward
+(J is symmetric), p = gamma^2 xh + residual and g = J(p), an adjoint v of g gives
     d_residual = J(v),  d_gamma^2 = J(v) xh,
     dz = J(gamma^2 J(v)) - r mean(p xh) J(v) - (r / f) [ (v . xh) g + (v . g) xh ].
 """

@@ -171,8 +171,8 @@ def blocks(layout: Layout, step: int = 0):
 def forward(layout: Layout, operands: Operands) -> ForwardResult:
     """Run the inner loop over all mini-batches of a call.
 
-    With `layout.keep_states` the weights at the start of every `stride`-th mini-batch are returned as `states`, per map
-    [ceil(M / stride), N, in + 1, out].
+    With `layout.keep_states` the weights at the start of every `stride`-th mini-batch are returned as `states`, per
+    map [ceil(M / stride), N, in + 1, out].
     """
     weights = [weight.clone() for weight in operands.start]  # moved in place
     loop = _Loop(layout, operands)

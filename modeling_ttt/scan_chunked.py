@@ -8,6 +8,7 @@ mini-batch (`_within_mini_batch`). Every other call is laid out in whole mini-ba
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils.generic import maybe_autocast
 
 from .aligned import AlignedTokens, align, unalign
 from .chunked_backward import backward
@@ -71,7 +72,8 @@ class ChunkedScan(torch.autograd.Function):
         flat, states = saved[: ctx.count], saved[ctx.count :]
         depth = len(ctx.layout.widths)
         operands = Operands.from_flat(flat, depth, ctx.has_initial)
-        with torch.no_grad():
+        # A caller's autocast would round the products to half precision.
+        with torch.no_grad(), maybe_autocast(operands.q.device.type, enabled=False):
             found = backward(ctx.layout, operands, list(states), _from_flat(ctx.layout, grads))
         if torch.is_grad_enabled():
             found = [g if g is None else _Once.apply(g, *flat) for g in found]

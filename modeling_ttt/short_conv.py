@@ -17,30 +17,29 @@ class ShortConv(nn.Conv1d):
     def __init__(self, channels: int, kernel: int):
         super().__init__(channels, channels, kernel, groups=channels, bias=True)
 
-    def forward(self, x: Tensor, tail: Tensor | None, grid: TokenGrid) -> Tensor:
-        """Convolve x [B, T, C] after `tail` [B, kernel - 1, C], the last inputs before it (zeros when None)."""
-        kernel = self.kernel_size[0]
-        padded = self._padded(x, tail)
+    def forward(self, padded: Tensor, grid: TokenGrid) -> Tensor:
+        """Convolve the tokens of `padded`, see there; [B, T, C]."""
+        kernel, length = self.kernel_size[0], padded.shape[1] - self.kernel_size[0]
         if grid.uniform:
-            taps = [padded[:, j : j + x.shape[1]] for j in range(kernel)]
+            taps = [padded[:, j : j + length] for j in range(kernel)]
         else:
             window, _ = grid.windows(kernel)
             taps = [_rows(padded, window[..., j]) for j in range(kernel)]
-        out = self.bias.expand_as(x)
+        out = self.bias.expand_as(taps[0])
         for j, tap in enumerate(taps):
             out = torch.addcmul(out, tap, self.weight[:, 0, j])
         return out if grid.real is None else out * grid.real[..., None]
 
-    def next_tail(self, x: Tensor, tail: Tensor | None, grid: TokenGrid) -> Tensor:
-        """The tail [B, kernel - 1, C] with which the tokens after x go on."""
-        _, keep = grid.windows(self.kernel_size[0])
-        return _rows(self._padded(x, tail), keep)
-
-    def _padded(self, x: Tensor, tail: Tensor | None) -> Tensor:
-        """[tail, x, one zero row], [B, kernel + T, C]."""
+    def padded(self, x: Tensor, tail: Tensor | None) -> Tensor:
+        """x [B, T, C] after `tail` [B, kernel - 1, C], the last inputs before it (zeros when None), and a zero row."""
         if tail is None:
             tail = x.new_zeros(x.shape[0], self.kernel_size[0] - 1, x.shape[2])
         return torch.cat([tail.to(x.dtype), x, x.new_zeros(x.shape[0], 1, x.shape[2])], 1)
+
+    def next_tail(self, padded: Tensor, grid: TokenGrid) -> Tensor:
+        """The tail [B, kernel - 1, C] with which the tokens after those of `padded` go on."""
+        _, keep = grid.windows(self.kernel_size[0])
+        return _rows(padded, keep)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -106,6 +106,7 @@ class TTTLayer(nn.Module):
             want_plasticity=output_plasticity,
             want_stats=output_ttt_stats,
             want_gradients=is_hooked(self.tap_inner_grad),
+            operand_dtype=hidden_states.dtype,
         )
         output = scan(inputs, self.config.ttt_backend)
         if inputs.want_gradients and self.tap_inner_grad(output.gradients) is not output.gradients:
@@ -139,9 +140,9 @@ class TTTLayer(nn.Module):
         tails = {}
         q, v = self.q_proj(hidden_states), self.v_proj(hidden_states)
         if self.config.share_qk:
-            shared, tail = q, (past or {}).get("tail_qk")
-            tails["tail_qk"] = self.conv_q.next_tail(shared, tail, grid)
-            q, k = self.conv_q(shared, tail, grid), self.conv_k(shared, tail, grid)
+            padded = self.conv_q.padded(q, (past or {}).get("tail_qk"))
+            tails["tail_qk"] = self.conv_q.next_tail(padded, grid)
+            q, k = self.conv_q(padded, grid), self.conv_k(padded, grid)
         else:
             k = self.k_proj(hidden_states)
         dtype = scan_dtype(hidden_states.dtype)

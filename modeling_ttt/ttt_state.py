@@ -77,6 +77,7 @@ class ScanInputs:
         state: the state to continue from, None for a new one.
         grid: where the tokens fall among the mini-batches.
         want_plasticity, want_stats, want_gradients: what to collect besides the read-out.
+        operand_dtype: dtype of the model; a backend may round the factors of its products to it. None: no rounding.
     """
 
     net: InnerNet
@@ -93,6 +94,7 @@ class ScanInputs:
     want_plasticity: bool = True
     want_stats: bool = False
     want_gradients: bool = False
+    operand_dtype: torch.dtype | None = None
 
     def start(self) -> TTTState:
         """The state to begin with."""

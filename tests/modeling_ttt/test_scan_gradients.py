@@ -76,6 +76,14 @@ def test_gradient_and_no_gradient_give_the_same_numbers():
     assert all(torch.equal(with_gradient[n], without[n]) for n in without)
 
 
+def test_autocast_around_the_backward_rounds_nothing():
+    inputs = moved(build(Case(net="mlp", length=43)), torch.float32, "cpu", False)
+    total = scan(inputs, "chunked").z.square().sum()
+    plain = torch.autograd.grad(total, inputs.k, retain_graph=True)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.autograd.grad(total, inputs.k)[0], plain)
+
+
 def test_only_what_wants_a_gradient_gets_one():
     inputs = moved(build(Case(length=21)), torch.float64, "cpu", False)
     for name, leaf in leaves(inputs).items():
