@@ -1,4 +1,5 @@
 # Every target makes .venv on first use. `make PYTHON=python3.12 test` chooses the interpreter for that.
+# `make BENCH=--resume bench` goes on with a benchmark that was stopped.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ help:
 	@echo "make demo    per-token plasticity study of the bundled checkpoint -> results/demo"
 	@echo "make test    all tests but the slow ones (those: .venv/bin/python -m pytest -m slow)"
 	@echo "make lint    ruff check, ruff format --check"
-	@echo "make bench   time the scan backends -> benchmarks/results"
+	@echo "make bench   time the models against a plain loop and their peers, 15 minutes -> docs/benchmarks.md"
 	@echo "make suite   run the model tests of Transformers on TTT models, the slow ones too; gets their sources first"
 
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -37,7 +38,8 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 
 bench: $(READY)
-	@$(BIN)/python benchmarks/scan_backends.py
+	@$(BIN)/python -m benchmarks.run $(BENCH)
+	@$(BIN)/python -m benchmarks.make_table
 
 suite-sources: $(READY)
 	@$(BIN)/python tests/transformers_suite/fetch.py
