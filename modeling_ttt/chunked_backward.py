@@ -270,8 +270,8 @@ class _Chain:
         if index == 0 and layout.carried_slots is not None:
             self._carry_out(dgs, dxs)
         for i, slope in enumerate(self.slopes):
-            du = self.left[i + 1][j, :, 2 * size :, :-1]
-            torch.mul(dgs[i], slope[j], out=du)
+            du = dgs[i] * slope[j]
+            self.left[i + 1][j, :, 2 * size :, :-1] = du
             dgs[i + 1] = torch.baddbmm(dgs[i + 1], du, weights[i + 1][:, :-1])
         dz = self._through_objective(dgs[-1], j)
         for i in range(len(weights) - 1, 0, -1):

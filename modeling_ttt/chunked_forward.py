@@ -145,10 +145,10 @@ class Block:
         k, q, v, lr = (layout.cut(t, first, stop) for t in (operands.k, operands.q, operands.v, operands.lr))
         self.x, self.y = _extended(k), _extended(q)
         # All contiguous: a batched product falls back to a loop over heads when its result is not.
-        residual = torch.sub(k, v, out=k.new_empty(k.shape))
+        residual = self.x[..., :-1].unflatten(1, k.shape[1:3]) - v
         self.target = -residual.flatten(1, 2) if layout.want_stats else None
         residual.add_(operands.ln_bias[:, None]).mul_(operands.ln_weight[:, None])
-        self.residual = residual.flatten(1, 2)
+        self.residual = residual.flatten(1, 2).contiguous()
         self.lr = lr.contiguous().flatten(1, 2)[..., None]
         self.rate = (tau[:, None] * self.lr.transpose(2, 3)).tril_()
         self.scores = _bmm(self.y, self.x.transpose(2, 3)).mul_(self.rate)

@@ -13,7 +13,7 @@ def rotary_table(mini_batch_size: int, head_dim: int, theta: float, dtype: torch
     """
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
     angles = torch.outer(torch.arange(mini_batch_size, dtype=torch.float64), theta ** (-pairs / head_dim))
-    return torch.polar(torch.ones_like(angles), angles).to(device, dtype.to_complex())
+    return torch.complex(angles.cos().to(device, dtype), angles.sin().to(device, dtype))
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
