@@ -208,6 +208,7 @@ class _Loop:
         norms = (
             z.new_empty(2 * depth - 1, *z.shape[:-1]) if layout.want_norm else None
         )  # of inputs from map 2 on, of g
+        norm_rooms = [room.unbind() for room in norms] if layout.want_norm else []
         # One call cuts a tensor into its mini-batches; indexing would be a call for each.
         x, y, residual, scores, rate, out = (
             t.unbind() for t in (block.x, block.y, block.residual, block.scores, block.rate, z)
@@ -225,8 +226,8 @@ class _Loop:
                 carry_in(layout, self.operands.carried, xs, gs)
             read(weights, [y[j], *self.queries], scores[j], rate[j], xs, gs, out=out[j])
             if layout.want_norm:
-                for i, t in enumerate((*xs[1:], *gs)):
-                    torch.linalg.vector_norm(t, dim=-1, out=norms[i, j])
+                for t, room in zip((*xs[1:], *gs), norm_rooms, strict=True):
+                    torch.linalg.vector_norm(t, dim=-1, out=room[j])
             if collects:
                 self._collect(block, j, weights, xs, zs, gs)
             if layout.commits[index]:
