@@ -158,7 +158,8 @@ class _Reads:
         queries = inner_inputs(layout, block.x, block.count)
         self.ys, ws, gates, products, scores = [block.y], [], [], [_matmul(block.y, block.x.mT)], [block.scores]
         for i in range(1, depth):
-            ws.append(_matmul(self.ys[-1], trace.states[i - 1]) - _matmul(scores[-1], trace.gs[i - 1]))
+            w = _matmul(self.ys[-1], trace.states[i - 1])
+            ws.append(_add_matmul(w, scores[-1], trace.gs[i - 1], alpha=-1))
             self.ys.append(queries[i - 1])
             gates.append(gelu_with_gate(ws[-1], out=self.ys[-1][..., :-1])[1])
             products.append(_matmul(self.ys[-1], trace.xs[i].mT))
@@ -174,9 +175,9 @@ class _Reads:
             dscores = _matmul(dw, g.mT).neg_()
             self.rate.addcmul_(dscores, products[i])
             dproduct = dscores.mul_(block.rate)
-            self.dg.insert(0, _matmul(scores[i].mT, dw).neg_())
+            self.dg.insert(0, _add_matmul(torch.empty_like(g), scores[i].mT, dw, beta=0, alpha=-1))
             self.dx.insert(0, _matmul(dproduct.mT, self.ys[i][..., :-1]))
-            dy = _matmul(dw, trace.states[i][..., :-1, :].mT).add_(_matmul(dproduct, x))
+            dy = _add_matmul(_matmul(dw, trace.states[i][..., :-1, :].mT), dproduct, x)
             if i:
                 self.dws.insert(0, gelu_backward(dy, ws[i - 1], gates[i - 1]))
         self.dq = dy
@@ -321,3 +322,9 @@ def _layer_norm_backward(upstream: Tensor, z: Tensor, mean: Tensor, rstd: Tensor
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Product of [m, N, ., .] tensors as one batched call."""
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def _add_matmul(out: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    """`out` = beta out + alpha a b in place, all [m, N, ., .]."""
+    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), beta=beta, alpha=alpha)
+    return out
