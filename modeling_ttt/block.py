@@ -28,7 +28,7 @@ class TTTRMSNorm(nn.Module):
         # torch.rms_norm on a CPU is several times slower than its parts.
         states = hidden_states.float() if hidden_states.dtype in (torch.float16, torch.bfloat16) else hidden_states
         norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        scale = torch.rsqrt(norm.square() / states.shape[-1] + self.eps)
+        scale = norm.square().mul_(1 / states.shape[-1]).add_(self.eps).rsqrt_()
         return self.weight * (states * scale).to(hidden_states.dtype)
 
 

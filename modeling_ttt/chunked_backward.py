@@ -29,7 +29,7 @@ from .chunked_forward import (
     write,
 )
 from .gelu import gelu_backward, gelu_derivatives, gelu_with_gate
-from .objective import INNER_LN_EPS
+from .objective import INNER_LN_EPS, layer_norm_backward
 
 __all__ = ["backward"]
 
@@ -288,8 +288,8 @@ class _Chain:
     def _through_objective(self, v: Tensor, j: int) -> Tensor:
         """dz of the last map from the adjoint v of its inner gradient; keeps that of the residual."""
         z, mean, rstd = self.trace.zs[-1][j], self.mean[j], self.rstd[j]
-        residual = self.residual[j].copy_(_layer_norm_backward(v, z, mean, rstd))
-        dz = _layer_norm_backward(self.squared * residual, z, mean, rstd)
+        residual = self.residual[j].copy_(layer_norm_backward(v, z, mean, rstd))
+        dz = layer_norm_backward(self.squared * residual, z, mean, rstd)
         dz.addcmul_(self.along[j], residual, value=-1)
         dz.addcmul_((v * self.normed[j]).sum(-1, keepdim=True), self.gradient_over_f[j], value=-1)
         return dz.addcmul_((v * self.trace.gs[-1][j]).sum(-1, keepdim=True), self.normed_over_f[j], value=-1)
@@ -312,11 +312,6 @@ class _Chain:
         for i, before in enumerate(gradients.weights):
             gradients.initial[i] += torch.where(mark, before, 0)
             gradients.weights[i] = torch.where(mark, 0, before)
-
-
-def _layer_norm_backward(upstream: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    mask = [True, False, False]
-    return torch.ops.aten.native_layer_norm_backward(upstream, z, [z.shape[-1]], mean, rstd, None, None, mask)[0]
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "INNER_LN_EPS",
+    "layer_norm_backward",
     "reconstruction_gradient",
     "reconstruction_loss",
     "scaled_residual",
@@ -42,6 +43,10 @@ def reconstruction_gradient(z: Tensor, residual: Tensor, ln_weight_squared: Tens
     shape = [z.shape[-1]]
     normed, mean, rstd = torch.native_layer_norm(z, shape, None, None, INNER_LN_EPS)
     upstream = torch.addcmul(residual, ln_weight_squared, normed)
-    return torch.ops.aten.native_layer_norm_backward(upstream, z, shape, mean, rstd, None, None, [True, False, False])[
-        0
-    ]
+    return layer_norm_backward(upstream, z, mean, rstd)
+
+
+def layer_norm_backward(upstream: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient at z of a LayerNorm without affine map; mean and reciprocal deviation are those of the forward."""
+    backward = torch.ops.aten.native_layer_norm_backward.default
+    return backward(upstream, z, z.shape[-1:], mean, rstd, None, None, [True, False, False])[0]

@@ -221,16 +221,19 @@ def _within_mini_batch(inputs: ScanInputs) -> ScanOutput:
     first, stop, size = grid.phase, grid.phase + n, inputs.tau.shape[0]
     weights = [(w.flatten(0, 1), b.flatten(0, 1)) for w, b in state.weights]
     q, k, v = (t.flatten(0, 1) for t in (inputs.q, inputs.k, inputs.v))  # [N, n, f]
-    ln_weight, ln_bias = (
-        t[None, :, None].expand(batch, -1, -1, -1).flatten(0, 1) for t in (inputs.ln_weight, inputs.ln_bias)
-    )
+    ln_weight, ln_bias = inputs.ln_weight[:, None], inputs.ln_bias[:, None]  # [H, 1, f]
+    if batch > 1:
+        ln_weight, ln_bias = ln_weight.repeat(batch, 1, 1), ln_bias.repeat(batch, 1, 1)
     lr = inputs.lr.reshape(batch * heads, n, 1)
     xs, zs = forward_chain(weights, k)
     residual = (k - v).add_(ln_bias).mul_(ln_weight)
     gs = output_gradients(weights, zs, reconstruction_gradient(zs[-1], residual, ln_weight * ln_weight))
     rows = [
-        (_with_rows(x.flatten(0, 1), new_x, first, stop), _with_rows(g.flatten(0, 1), lr * new_g, first, stop))
-        for (x, g), new_x, new_g in zip(state.rows, xs, gs, strict=True)
+        tuple(
+            torch.slice_scatter(old.flatten(0, 1), new, 1, first, stop)
+            for old, new in zip(pair, (new_x, lr * new_g), strict=True)
+        )
+        for pair, new_x, new_g in zip(state.rows, xs, gs, strict=True)
     ]
     z = _read_rows(weights, rows, q, inputs.tau[first:stop, None], stop)
     if stop == size:
@@ -244,13 +247,6 @@ def _within_mini_batch(inputs: ScanInputs) -> ScanOutput:
         return [(a.view(batch, heads, *a.shape[1:]), b.view(batch, heads, *b.shape[1:])) for a, b in pairs]
 
     return ScanOutput(z.view(batch, heads, n, -1), TTTState(unflat(weights), unflat(rows)), plasticity)
-
-
-def _with_rows(rows: Tensor, new: Tensor, first: int, stop: int) -> Tensor:
-    """A copy of rows [N, K, .] with those of slots first..stop-1 replaced."""
-    rows = rows.clone()
-    rows[:, first:stop] = new
-    return rows
 
 
 def _read_rows(weights: Weights, rows: Weights, x: Tensor, tau: Tensor, stop: int) -> Tensor:

@@ -5,6 +5,7 @@ themselves, holds one `TTTCacheLayer` per TTT layer.
 """
 
 import copy
+import functools
 import json
 import os
 from pathlib import Path
@@ -22,6 +23,8 @@ from transformers.cache_utils import (
     DynamicCache,
     LinearAttentionCacheLayerMixin,
 )
+
+from .inner_net import INNER_NETS
 
 __all__ = ["TTTCacheLayer", "clone_cache", "load_cache", "save_cache"]
 
@@ -190,22 +193,27 @@ def load_cache(path: str | os.PathLike, config, device: torch.device | str = "cp
 
 def check_state(tensors: dict[str, Tensor], config, where: str, batch: int | None = None) -> None:
     """Raise ValueError unless the tensors are the state of a layer of a model with this configuration."""
-    heads, slots = config.num_attention_heads, config.mini_batch_size
     rows = tensors["W1"].shape[0] if "W1" in tensors else None
     if batch is not None and rows != batch:
         raise ValueError(f"past_key_values holds {rows} rows, the batch has {batch} ({where})")
-    expected = {"position": (rows,), "seen": (rows,)}
-    for i, (width_in, width_out) in enumerate(config.inner_net.shapes(config.head_dim), start=1):
-        expected |= {f"W{i}": (rows, heads, width_in, width_out), f"b{i}": (rows, heads, 1, width_out)}
-        expected |= {f"x{i}": (rows, heads, slots, width_in), f"g{i}": (rows, heads, slots, width_out)}
-    for name, needed in (("tail_pre", config.pre_conv), ("tail_qk", config.share_qk)):
-        if needed:
-            expected[name] = (rows, config.conv_kernel - 1, config.hidden_size)
+    tails = tuple(n for n, needed in (("tail_pre", config.pre_conv), ("tail_qk", config.share_qk)) if needed)
+    sizes = (config.num_attention_heads, config.mini_batch_size, config.conv_kernel, config.hidden_size)
+    expected = _state_shapes(config.ttt_layer_type, *sizes, tails, rows)
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         shown = {name: (found.get(name), expected.get(name)) for name in wrong}
         raise ValueError(f"past_key_values is the state of another model ({where}); (found, expected): {shown}")
+
+
+@functools.lru_cache  # asked for every layer and call, also of one token
+def _state_shapes(layer_type: str, heads: int, slots: int, kernel: int, width: int, tails: tuple, rows: int) -> dict:
+    """Shapes of the tensors of a layer's state by name."""
+    shapes = {"position": (rows,), "seen": (rows,)}
+    for i, (width_in, width_out) in enumerate(INNER_NETS[layer_type].shapes(width // heads), start=1):
+        shapes |= {f"W{i}": (rows, heads, width_in, width_out), f"b{i}": (rows, heads, 1, width_out)}
+        shapes |= {f"x{i}": (rows, heads, slots, width_in), f"g{i}": (rows, heads, slots, width_out)}
+    return shapes | {name: (rows, kernel - 1, width) for name in tails}
 
 
 def _detached(value):

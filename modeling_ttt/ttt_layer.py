@@ -131,7 +131,7 @@ class TTTLayer(nn.Module):
         """Inner learning rate of every token's own write, base_lr * sigmoid(w . x + b) / f, [B, H, T]."""
         weight = self.learnable_ttt_lr_weight.to(dtype).squeeze(1)
         bias = self.learnable_ttt_lr_bias.to(dtype).squeeze(1)
-        gate = torch.sigmoid(F.linear(hidden_states.to(dtype), weight, bias))
+        gate = F.linear(hidden_states.to(dtype), weight, bias).sigmoid()
         lr = (gate * (self.config.base_lr / self.head_dim)).transpose(1, 2)
         return lr if lr_mult is None else lr * lr_mult.to(lr.device, dtype)
 
