@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks._harness import ResultFile
+from benchmarks._harness import ResultFile, summary
 from benchmarks.cases import LENGTHS, MEMORY_TOKENS
 
 __all__ = ["TARGETS", "Crossing", "Results", "Target", "crossing"]
@@ -25,6 +25,15 @@ class Results:
         """Summary of the ratio "a/b" of a case: of times by the clock that counts here, or of peaks of memory."""
         clocks = self.cases.get(case, {}).get("ratios", {}).get(pair)
         return clocks and clocks.get("peak_mib", clocks.get(self.clock))
+
+    def beyond(self, case: str, slower: str, ours: str, limit: str) -> dict | None:
+        """Summary of (slower - limit) / (ours - limit) round by round: what is left when both are rid of the limit."""
+        found = [self.contender(case, name) for name in (slower, ours, limit)]
+        if None in found:
+            return None
+        rounds = zip(*(one["seconds"][self.clock] for one in found), strict=True)
+        ratios = [(a - c) / (b - c) for a, b, c in rounds if b > c]
+        return summary(ratios) if ratios else None
 
     def contender(self, case: str, name: str) -> dict | None:
         return self.cases.get(case, {}).get("contenders", {}).get(name)

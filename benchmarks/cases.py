@@ -140,13 +140,13 @@ def _prefill() -> list[Case]:
     for tokens in LENGTHS:
         step, few, quick = Step("prefill", 1, tokens), 2 if tokens > 8192 else 3, tokens <= 8192
         for net in INNER_NETS:
-            names, pairs = _against_baseline(net, limit=True)
+            names, pairs = _against_baseline(net)
             name = f"prefill-small-{net}-{tokens}"
             cases.append(Case(name, "small", step, names, pairs, own_seconds[tokens], few, quick))
         names, pairs = _against_peers(PEERS)
         cases.append(Case(f"prefill-peers-{tokens}", "small", step, names, pairs, peer_seconds[tokens], few, quick))
     for net in INNER_NETS:
-        names, pairs = _against_baseline(net, limit=True)
+        names, pairs = _against_baseline(net)
         cases.append(Case(f"prefill-125m-{net}-2048", "125m-layers", Step("prefill", 1, 2048), names, pairs, 15))
     return cases
 
@@ -176,7 +176,7 @@ def _train() -> list[Case]:
 def _memory() -> list[MemoryCase]:
     cases = []
     for net in INNER_NETS:
-        names, pairs = _against_baseline(net)
+        names, pairs = _against_baseline(net, limit=False)
         small, wide = Step("train", 2, 1024), Step("train", 2, 512)
         cases.append(MemoryCase(f"memory-train-small-{net}", "small-v512", small, names, pairs, repeats=2))
         cases.append(MemoryCase(f"memory-train-125m-{net}", "125m-layers", wide, names, pairs, quick=False))
@@ -208,7 +208,7 @@ def _backends() -> list[Case]:
     return cases
 
 
-def _against_baseline(net: str, limit: bool = False) -> tuple[tuple[str, ...], tuple[Pair, ...]]:
+def _against_baseline(net: str, limit: bool = True) -> tuple[tuple[str, ...], tuple[Pair, ...]]:
     own, eager, gemm = _own(net), f"eager-{net}", f"gemm-{net}"
     names, pairs = (own, eager), ((eager, own),)
     return (names + (gemm,), pairs + ((gemm, own),)) if limit else (names, pairs)

@@ -55,11 +55,33 @@ Calls = tuple[Callable[[], object], Callable[[object], object]]
 
 
 def _matrix_products(model: GemmOnly, step: Step, options: dict) -> Calls:
-    inputs = model.random_inputs(step.batch, step.tokens)
+    """The products of the same step: one call, one call per token, or a call with its gradients."""
+    if step.kind == "train":
+        return _matrix_products_with_gradients(model, step)
+    calls = step.tokens if step.kind == "decode" else 1
+    inputs = model.random_inputs(step.batch, step.tokens // calls)
 
     @torch.no_grad()
     def run(_):
-        model(inputs)
+        for _ in range(calls):
+            model(inputs)
+
+    return lambda: None, run
+
+
+def _matrix_products_with_gradients(model: GemmOnly, step: Step) -> Calls:
+    """Products of the forward, and of the gradients of inputs and weights; their sums over layers are left out."""
+    inputs = model.random_inputs(step.batch, step.tokens)
+    with torch.no_grad():
+        upstream = {out.shape[-1]: torch.randn_like(out) for out in model(inputs)}
+
+    @torch.no_grad()
+    def run(_):
+        for linear in model.linears:
+            x, weight, gradient = inputs[linear.in_features], linear.weight, upstream[linear.out_features]
+            linear(x)
+            gradient @ weight
+            gradient.t() @ x
 
     return lambda: None, run
 
