@@ -231,7 +231,9 @@ class _Chain:
         self.gradient_over_f = self.rstd / width * gradient
         self.normed_over_f = self.rstd / width * self.normed
         self.residual = torch.empty_like(block.residual)
-        self.commit = [torch.zeros_like(x) for x in trace.xs]
+        layout = gradients.layout
+        all_commit = all(layout.commits[block.first : block.first + block.count])
+        self.commit = [torch.empty_like(x) if all_commit else torch.zeros_like(x) for x in trace.xs]
         self.committed = [x * block.commit_rate for x in trace.xs]
         self.slopes, self.bends = [], []  # of the GELU between maps; bends times the gradient that passes through
         for i, z in enumerate(trace.zs[:-1]):
@@ -242,18 +244,18 @@ class _Chain:
 
     def _stack_factors(self) -> None:
         """A mini-batch adds [x; y; du]^T [dz; dw; g] to the adjoint of S, one product; `step` fills in dz and du."""
-        size = self.block.x.shape[2]
+        self.size = size = self.block.x.shape[2]
         self.left, self.right = [], []
         for i, (x, y, dw, g) in enumerate(
             zip(self.trace.xs, self.reads.ys, self.reads.dws, self.trace.gs, strict=True)
         ):
-            left, right = [x, y], [torch.empty_like(dw), dw]
+            parts = 3 if i else 2
+            left, right = (t.new_empty(*t.shape[:2], parts * size, t.shape[-1]) for t in (x, dw))
+            left[:, :, :size], left[:, :, size : 2 * size], right[:, :, size : 2 * size] = x, y, dw
             if i:
-                left.append(torch.zeros_like(x))
-                right.append(g)
-            self.left.append(torch.cat(left, 2))
-            self.right.append(torch.cat(right, 2))
-        self.size = size
+                left[:, :, 2 * size :, -1:], right[:, :, 2 * size :] = 0, g  # du goes through no bias
+            self.left.append(left)
+            self.right.append(right)
         self.dz = self.right[0][:, :, :size]
 
     def step(self, j: int) -> None:
