@@ -17,34 +17,27 @@ from .inner_net import Weights
 from .token_grid import TokenGrid
 from .ttt_state import ScanInputs
 
-__all__ = ["AlignedTokens", "align"]
+__all__ = ["AlignedTokens", "Borders", "align", "unalign"]
 
 
 @dataclass
-class AlignedTokens:
-    """Aligned token tensors [B, H, M * K, ...] of M mini-batches and what happens at the borders between them.
+class Borders:
+    """What happens at the borders between the M mini-batches of a call.
 
     Attributes:
-        q, k, v: [B, H, M * K, f].  lr: [B, H, M * K].
         count: M.
-        carried: per inner map the rows of the state, (x [B, H, K, in], g [B, H, K, out]), zeros in g where no token
-            was; None when no row continues in the middle of a mini-batch. They belong to mini-batch 0.
-        carried_slots: [B, K] bool, the slots of mini-batch 0 that are carried; None with `carried`.
+        carried_slots: [B, K] bool, the slots of mini-batch 0 that are carried; None when no row continues in the
+            middle of a mini-batch.
         complete: [B, M] bool, the mini-batch is full and commits; None when all are.
         commits: per mini-batch on the host, whether any row commits.
         reset: [B, M] bool, the mini-batch starts from W_0; None when there is no document border.
-        resets: per mini-batch on the host, whether any row starts from W_0.
+        resets: per mini-batch on the host, whether any row starts from W_0; empty when none does.
         last: [B] int64, the mini-batch of the row's last token; None when it is M - 1 for all.
         ends: values of `last` on the host.
         held: [B, K] bool, slots of the row's last mini-batch that the new state holds rows of; None when none does.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lr: Tensor
     count: int
-    carried: Weights | None
     carried_slots: Tensor | None
     complete: Tensor | None
     commits: list[bool]
@@ -55,20 +48,35 @@ class AlignedTokens:
     held: Tensor | None
 
 
+@dataclass
+class AlignedTokens:
+    """Aligned token tensors: q, k, v [B, H, M * K, f], lr [B, H, M * K].
+
+    `carried` holds per inner map the rows of the state, (x [B, H, K, in], g [B, H, K, out]), zeros in g where no token
+    was; None with `borders.carried_slots`. They belong to mini-batch 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    carried: Weights | None
+    borders: Borders
+
+
 def align(inputs: ScanInputs) -> AlignedTokens:
     """Lay out q, k, v and lr of a call in whole mini-batches."""
     grid, size = inputs.grid, inputs.tau.shape[0]
     count = -(-(grid.phase + grid.width) // size)
     q, k, v, lr = (_pad(grid.pack(t, 2), grid, size * count) for t in (inputs.q, inputs.k, inputs.v, inputs.lr))
-    carried = slots = None
+    borders, carried = _borders(grid, size, count), None
     if grid.has_open_rows and inputs.state is not None:
         carried = inputs.state.rows
         slots = _first_slots(grid.phase if grid.uniform else grid.position % size, size, grid)
+        borders.carried_slots = slots
         k = _carry_in(k, carried[0][0], slots[:, None, :, None])
         lr = _carry_in(lr, torch.ones_like(lr[:, :, :size]), slots[:, None])
-    open_count = (grid.phase + grid.width) % size if grid.uniform else grid.advanced()[0] % size
-    held = _first_slots(open_count, size, grid) if bool(open_count if grid.uniform else open_count.any()) else None
-    return AlignedTokens(q, k, v, lr, count, carried, slots, held=held, **_borders(grid, size, count))
+    return AlignedTokens(q, k, v, lr, carried, borders)
 
 
 def unalign(x: Tensor, grid: TokenGrid) -> Tensor:
@@ -83,30 +91,27 @@ def _first_slots(count: int | Tensor, size: int, grid: TokenGrid) -> Tensor:
     return (torch.arange(size, device=count.device) < count[:, None]).to(grid.device)
 
 
-def _borders(grid: TokenGrid, size: int, count: int) -> dict:
-    if not grid.uniform:
-        some_open = not bool(grid.complete.all())
-        return {
-            "complete": grid.complete if some_open else None,
-            "commits": grid.commits,
-            "reset": grid.reset if any(grid.resets) else None,
-            "resets": grid.resets if any(grid.resets) else [],
-            "last": grid.last,
-            "ends": grid.ends,
-        }
-    full = (grid.phase + grid.width) % size == 0
-    complete = None
-    if not full:
-        complete = (torch.arange(count, device=grid.device) < count - 1).expand(grid.batch, -1)
-    commits = [True] * (count - 1) + [full]
-    return {
-        "complete": complete,
-        "commits": commits,
-        "reset": None,
-        "resets": [],
-        "last": None,
-        "ends": set() if full else {count - 1},
-    }
+def _borders(grid: TokenGrid, size: int, count: int) -> Borders:
+    if grid.uniform:
+        open_count = (grid.phase + grid.width) % size
+        complete = held = None
+        if open_count:
+            complete = (torch.arange(count, device=grid.device) < count - 1).expand(grid.batch, -1)
+            held = _first_slots(open_count, size, grid)
+        commits = [True] * (count - 1) + [not open_count]
+        return Borders(count, None, complete, commits, None, [], None, {count - 1}, held)
+    open_counts = grid.advanced()[0] % size
+    return Borders(
+        count,
+        carried_slots=None,
+        complete=None if bool(grid.complete.all()) else grid.complete,
+        commits=grid.commits,
+        reset=grid.reset if any(grid.resets) else None,
+        resets=grid.resets if any(grid.resets) else [],
+        last=grid.last,
+        ends=grid.ends,
+        held=_first_slots(open_counts, size, grid) if bool(open_counts.any()) else None,
+    )
 
 
 def _pad(x: Tensor, grid: TokenGrid, columns: int) -> Tensor:

@@ -61,7 +61,7 @@ class _Trace:
 def _retrace(layout: Layout, operands: Operands, block: Block, stored: list[Tensor]) -> _Trace:
     """Compute the writes of a block again."""
     squared = operands.ln_weight.square()[:, None].repeat(layout.batch, 1, 1)
-    carries = block.first == 0 and layout.carried_slots is not None
+    carries = block.first == 0 and layout.borders.carried_slots is not None
     weights = [s[block.first // layout.stride].clone() for s in stored]
     inputs = [block.x, *inner_inputs(layout, block.x, block.count)]
     states = [w.new_empty(block.count, *w.shape) for w in weights]
@@ -78,7 +78,7 @@ def _retrace(layout: Layout, operands: Operands, block: Block, stored: list[Tens
                 whole[0] = x
         for parts, part in zip(held, rest, strict=True):
             parts.append(part)
-        if layout.commits[index] and j + 1 < block.count:
+        if layout.borders.commits[index] and j + 1 < block.count:
             commit(weights, block.commit[j], block.commit_rate[j], xs, rest[1])
     return _Trace(states, inputs, *([torch.stack(part) for part in zip(*parts, strict=True)] for parts in held))
 
@@ -88,7 +88,7 @@ class _Gradients:
 
     def __init__(self, layout: Layout, operands: Operands, adjoint: ForwardResult):
         self.layout, self.operands, self.adjoint = layout, operands, adjoint
-        shape = (layout.batch, layout.count * layout.size, layout.heads)
+        shape = (layout.batch, layout.borders.count * layout.size, layout.heads)
         self.q, self.k, self.v = (operands.q.new_empty(*shape, t.shape[-1]).transpose(1, 2) for t in (operands.q,) * 3)
         self.lr = operands.q.new_empty(shape).transpose(1, 2)
         self.tau, self.ln_weight, self.ln_bias = (
@@ -202,7 +202,7 @@ class _Reads:
     def _add_rows(self, layout: Layout, adjoint: ForwardResult) -> None:
         """The rows of the state are (x, lr g) of the mini-batch in which a batch row ends."""
         first, stop = self.block.first, self.block.first + self.block.count
-        for index in (index for index in layout.ends if first <= index < stop):
+        for index in (index for index in layout.borders.ends if first <= index < stop):
             j = index - first
             mark = layout.keeps(index)
             for i, (dx, dg) in enumerate(adjoint.rows):
@@ -232,7 +232,7 @@ class _Chain:
         self.normed_over_f = self.rstd / width * self.normed
         self.residual = torch.empty_like(block.residual)
         layout = gradients.layout
-        all_commit = all(layout.commits[block.first : block.first + block.count])
+        all_commit = all(layout.borders.commits[block.first : block.first + block.count])
         self.commit = [torch.empty_like(x) if all_commit else torch.zeros_like(x) for x in trace.xs]
         self.committed = [x * block.commit_rate for x in trace.xs]
         self.slopes, self.bends = [], []  # of the GELU between maps; bends times the gradient that passes through
@@ -264,13 +264,13 @@ class _Chain:
         layout, index = gradients.layout, self.block.first + j
         weights = [s[j] for s in self.trace.states]
         dgs, dxs = [dg[j] for dg in self.reads.dg], [dx[j] for dx in self.reads.dx]
-        if layout.commits[index]:
+        if layout.borders.commits[index]:
             for i, after in enumerate(gradients.weights):
                 torch.bmm(self.trace.gs[i][j], after.mT, out=self.commit[i][j])
                 dgs[i] = torch.baddbmm(dgs[i], self.committed[i][j], after)
                 if i:
                     dxs[i] = torch.addcmul(dxs[i], self.block.commit_rate[j], self.commit[i][j][..., :-1])
-        if index == 0 and layout.carried_slots is not None:
+        if index == 0 and layout.borders.carried_slots is not None:
             self._carry_out(dgs, dxs)
         for i, slope in enumerate(self.slopes):
             du = dgs[i] * slope[j]
@@ -284,7 +284,7 @@ class _Chain:
         self.right[0][j, :, :size] = dz
         for after, left, right in zip(gradients.weights, self.left, self.right, strict=True):
             after.baddbmm_(left[j].mT, right[j])
-        if layout.resets and layout.resets[index]:
+        if layout.borders.resets and layout.borders.resets[index]:
             self._leave_document(index)
 
     def _through_objective(self, v: Tensor, j: int) -> Tensor:
@@ -299,7 +299,7 @@ class _Chain:
     def _carry_out(self, dgs: list[Tensor], dxs: list[Tensor]) -> None:
         """Adjoints at carried slots belong to the rows of the incoming state and go no further."""
         layout = self.gradients.layout
-        mark = layout.carried_slots.repeat_interleave(layout.heads, 0)[..., None]
+        mark = layout.borders.carried_slots.repeat_interleave(layout.heads, 0)[..., None]
         for i, (x, _) in enumerate(self.gradients.operands.carried):
             # The keys of the first map carry theirs as tokens.
             self.gradients.carried += [torch.where(mark, dxs[i], 0) if i else torch.zeros_like(x)]
@@ -310,7 +310,7 @@ class _Chain:
     def _leave_document(self, index: int) -> None:
         """Where a document started, the adjoint belongs to W_0 and nothing reaches the mini-batch before."""
         layout, gradients = self.gradients.layout, self.gradients
-        mark = layout.per_head(layout.reset[:, index])
+        mark = layout.per_head(layout.borders.reset[:, index])
         for i, before in enumerate(gradients.weights):
             gradients.initial[i] += torch.where(mark, before, 0)
             gradients.weights[i] = torch.where(mark, 0, before)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .aligned import Borders
 from .gelu import gelu_backward, gelu_with_gate
 from .inner_stats import state_drift, step_norm
 from .objective import reconstruction_gradient, reconstruction_loss
@@ -38,7 +39,7 @@ BLOCK_TOKENS = 512
 
 @dataclass
 class Layout:
-    """Sizes of a call and what happens at the borders between mini-batches; see `AlignedTokens`.
+    """Sizes of a call, what happens between its mini-batches, and what to collect.
 
     `widths` holds (in, out) of every map; with `keep_states` the weights before every `stride`-th mini-batch are kept
     for the backward, which computes those between again.
@@ -47,16 +48,8 @@ class Layout:
     batch: int
     heads: int
     size: int
-    count: int
     widths: list[tuple[int, int]]
-    carried_slots: Tensor | None
-    complete: Tensor | None
-    commits: list[bool]
-    reset: Tensor | None
-    resets: list[bool]
-    last: Tensor | None
-    ends: set[int]
-    held: Tensor | None
+    borders: Borders
     want_norm: bool = True
     want_stats: bool = False
     want_gradients: bool = False
@@ -73,7 +66,8 @@ class Layout:
 
     def keeps(self, index: int) -> Tensor:
         """The slots of mini-batch `index` whose rows the new state holds, [N, K, 1]."""
-        held = self.held if self.last is None else self.held & (self.last == index)[:, None]
+        last, held = self.borders.last, self.borders.held
+        held = held if last is None else held & (last == index)[:, None]
         return held.repeat_interleave(self.heads, 0)[..., None]
 
     def cut(self, x: Tensor, first: int, stop: int) -> Tensor:
@@ -154,8 +148,8 @@ class Block:
         self.scores = _bmm(self.y, self.x.transpose(2, 3)).mul_(self.rate)
         self.commit_rate = -tau[-1] * self.lr
         self.complete = None
-        if layout.complete is not None:
-            complete = layout.complete[:, first:stop].repeat_interleave(layout.heads, 0).t()
+        if layout.borders.complete is not None:
+            complete = layout.borders.complete[:, first:stop].repeat_interleave(layout.heads, 0).t()
             self.complete = complete[..., None, None].to(tau.dtype)
             self.commit_rate = self.commit_rate * self.complete
         self.commit = self.x.transpose(2, 3) * self.commit_rate.transpose(2, 3)
@@ -164,8 +158,8 @@ class Block:
 def blocks(layout: Layout, step: int = 0):
     """Spans of mini-batches that are worked on together, (first, stop)."""
     step = step or max(1, BLOCK_TOKENS // (layout.size * layout.batch))
-    for first in range(0, layout.count, step):
-        yield first, min(first + step, layout.count)
+    for first in range(0, layout.borders.count, step):
+        yield first, min(first + step, layout.borders.count)
 
 
 def forward(layout: Layout, operands: Operands) -> ForwardResult:
@@ -191,13 +185,13 @@ class _Loop:
         q = operands.q
         self.ln_weight_squared = operands.ln_weight.square()[:, None].repeat(batch, 1, 1)  # [N, 1, f]
         # Heads last but one: the layer flattens heads and features next.
-        self.z = q.new_empty(batch, layout.count * layout.size, heads, q.shape[-1]).transpose(1, 2)
-        self.norm = q.new_empty(batch, heads, layout.count * layout.size) if layout.want_norm else None
+        self.z = q.new_empty(batch, layout.borders.count * layout.size, heads, q.shape[-1]).transpose(1, 2)
+        self.norm = q.new_empty(batch, heads, layout.borders.count * layout.size) if layout.want_norm else None
         self.rows: list[tuple[Tensor, Tensor]] = []
         self.gradients: list[Tensor] = []
         self.stats: dict[str, list[Tensor]] = {}
         self.inputs, self.queries = (inner_inputs(layout, q) for _ in range(2))  # used again by every mini-batch
-        stored = -(-layout.count // layout.stride) if layout.keep_states else 0
+        stored = -(-layout.borders.count // layout.stride) if layout.keep_states else 0
         self.states = [s.new_empty(stored, *s.shape) for s in operands.start] if stored else []
 
     def run(self, block: Block, weights: list[Tensor]) -> list[Tensor]:
@@ -214,15 +208,15 @@ class _Loop:
             t.unbind() for t in (block.x, block.y, block.residual, block.scores, block.rate, z)
         )
         commits, commit_rates = block.commit.unbind(), block.commit_rate.unbind()
-        collects = layout.held is not None or layout.want_gradients or layout.want_stats
+        collects = layout.borders.held is not None or layout.want_gradients or layout.want_stats
         for j in range(block.count):
             index = block.first + j
-            if layout.resets:
+            if layout.borders.resets:
                 weights = reset(layout, weights, self.operands.initial, index)
             if self.states:
                 self._store(weights, index)
             xs, zs, gs, _ = write(weights, [x[j], *self.inputs], residual[j], self.ln_weight_squared)
-            if index == 0 and layout.carried_slots is not None:
+            if index == 0 and layout.borders.carried_slots is not None:
                 carry_in(layout, self.operands.carried, xs, gs)
             read(weights, [y[j], *self.queries], scores[j], rate[j], xs, gs, out=out[j])
             if layout.want_norm:
@@ -230,7 +224,7 @@ class _Loop:
                     torch.linalg.vector_norm(t, dim=-1, out=room[j])
             if collects:
                 self._collect(block, j, weights, xs, zs, gs)
-            if layout.commits[index]:
+            if layout.borders.commits[index]:
                 commit(weights, commits[j], commit_rates[j], xs, gs)
         layout.cut(self.z, block.first, block.first + block.count).copy_(z.unflatten(1, (layout.batch, layout.heads)))
         if layout.want_norm:
@@ -253,7 +247,7 @@ class _Loop:
 
     def _collect(self, block: Block, j: int, weights, xs, zs, gs) -> None:
         layout, index = self.layout, block.first + j
-        if layout.held is not None and index in layout.ends:
+        if layout.borders.held is not None and index in layout.borders.ends:
             keeps = layout.keeps(index)
             rows = [
                 tuple(torch.where(keeps, t, 0) for t in (x[..., :-1], block.lr[j] * g))
@@ -352,15 +346,15 @@ def commit(weights: list[Tensor], first: Tensor, rate: Tensor, xs, gs) -> None:
 
 def reset(layout: Layout, weights: list[Tensor], initial: list[Tensor], index: int) -> list[Tensor]:
     """The weights at the start of a mini-batch: W_0 in the rows where a document starts."""
-    if not (layout.resets and layout.resets[index]):
+    if not (layout.borders.resets and layout.borders.resets[index]):
         return weights
-    mark = layout.per_head(layout.reset[:, index])
+    mark = layout.per_head(layout.borders.reset[:, index])
     return [torch.where(mark, new, old) for new, old in zip(initial, weights, strict=True)]
 
 
 def carry_in(layout: Layout, carried: list[tuple[Tensor, Tensor]], xs: list[Tensor], gs: list[Tensor]) -> None:
     """Put, in the lists, the rows of tokens that an earlier call wrote in their slots of the first mini-batch."""
-    mark = layout.carried_slots.repeat_interleave(layout.heads, 0)[..., None]  # [N, K, 1]
+    mark = layout.borders.carried_slots.repeat_interleave(layout.heads, 0)[..., None]  # [N, K, 1]
     for i, (x, g) in enumerate(carried):
         gs[i] = torch.where(mark, g, gs[i])
         if i:  # the keys of the first map are aligned with them already

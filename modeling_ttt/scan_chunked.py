@@ -115,7 +115,7 @@ def _operands(inputs: ScanInputs, tokens: AlignedTokens) -> Operands:
     if inputs.state is not None:
         start = [torch.cat(pair, -2).flatten(0, 1) for pair in inputs.state.weights]
     carried = [tuple(t.flatten(0, 1) for t in pair) for pair in tokens.carried or []]
-    needs_initial = tokens.reset is not None or inputs.want_stats
+    needs_initial = tokens.borders.reset is not None or inputs.want_stats
     return Operands(
         tokens.q,
         tokens.k,
@@ -137,16 +137,8 @@ def _layout(inputs: ScanInputs, tokens: AlignedTokens, operands: Operands, diffe
         batch=inputs.q.shape[0],
         heads=inputs.q.shape[1],
         size=size,
-        count=tokens.count,
         widths=widths,
-        carried_slots=tokens.carried_slots,
-        complete=tokens.complete,
-        commits=tokens.commits,
-        reset=tokens.reset,
-        resets=tokens.resets,
-        last=tokens.last,
-        ends=tokens.ends,
-        held=tokens.held,
+        borders=tokens.borders,
         want_norm=inputs.want_plasticity or inputs.want_stats,
         want_stats=inputs.want_stats,
         want_gradients=inputs.want_gradients,
@@ -196,7 +188,7 @@ def _from_flat(layout: Layout, flat) -> ForwardResult:
     norm = next(rest) if layout.want_norm else None
     gradients = next(rest) if layout.want_gradients else None
     weights = take(depth)
-    rows = [tuple(take(2)) for _ in range(depth)] if layout.held is not None else []
+    rows = [tuple(take(2)) for _ in range(depth)] if layout.borders.held is not None else []
     stats = dict(zip(STATS, take(len(STATS)), strict=True)) if layout.want_stats else {}
     return ForwardResult(z, norm, weights, rows, gradients, stats, take(depth) if layout.keep_states else [])
 
