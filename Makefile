@@ -7,13 +7,14 @@ READY := $(VENV)/.installed
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: help demo test lint bench suite suite-sources
+.PHONY: help demo test lint bench triton suite suite-sources
 
 help:
 	@echo "make demo    per-token plasticity study of the bundled checkpoint -> results/demo"
 	@echo "make test    all tests but the slow ones (those: .venv/bin/python -m pytest -m slow)"
 	@echo "make lint    ruff check, ruff format --check"
 	@echo "make bench   time the models against a plain loop and their peers, 15 minutes -> docs/benchmarks.md"
+	@echo "make triton  install Triton if there is none and test the GPU kernels without a GPU: interpreted, and compiled"
 	@echo "make suite   run the model tests of Transformers on TTT models, the slow ones too; gets their sources first"
 
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -40,6 +41,12 @@ lint: $(READY)
 bench: $(READY)
 	@$(BIN)/python -m benchmarks.run $(BENCH)
 	@$(BIN)/python -m benchmarks.make_table
+
+# A version whose compiled kernels tests/modeling_ttt/triton_baselines describes; PyTorch for CUDA brings its own.
+triton: $(READY)
+	@$(BIN)/python -c 'import triton' 2> /dev/null || \
+		$(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -q triton==3.7.1
+	@$(BIN)/python -m pytest -q tests/modeling_ttt/test_scan_triton.py
 
 suite-sources: $(READY)
 	@$(BIN)/python tests/transformers_suite/fetch.py

@@ -9,7 +9,10 @@ from transformers.activations import ACT2FN
 
 from .inner_net import INNER_NETS, InnerNet
 
-__all__ = ["PRESETS", "TTTConfig"]
+__all__ = ["BACKEND_NAMES", "PRESETS", "TTTConfig"]
+
+BACKEND_NAMES = ("auto", "triton", "chunked", "reference")
+"""Ways to compute the inner loop; "auto" is the first of the others that serves a call."""
 
 PRESETS = {
     "125m": {
@@ -73,7 +76,8 @@ class TTTConfig(PreTrainedConfig):
         ttt_layer_type: The inner net, "linear" or "mlp".
         ttt_base_lr: Base inner learning rate; None means 1.0 for "linear" and 0.1 for "mlp" as in the paper.
         mini_batch_size: Tokens K per inner mini-batch.
-        ttt_backend: How the inner loop is computed: "auto", "chunked" (dual form) or "reference" (token by token).
+        ttt_backend: How the inner loop is computed: "triton" (kernels on a CUDA device), "chunked" (dual form),
+            "reference" (token by token) or "auto", the first of these that serves a call.
         output_plasticity: Whether a forward pass returns the plasticity of every token.
         output_ttt_stats: Whether a forward pass returns the diagnostics of the inner loop.
         frozen_layers: Indices of layers that read W_0 and never write.
@@ -187,8 +191,8 @@ class TTTConfig(PreTrainedConfig):
             raise ValueError(f"the head dim hidden_size / num_attention_heads must be even, got {self.head_dim}")
         if self.ttt_layer_type not in INNER_NETS:
             raise ValueError(f"ttt_layer_type must be one of {sorted(INNER_NETS)}, got {self.ttt_layer_type!r}")
-        if self.ttt_backend not in ("auto", "chunked", "reference"):
-            raise ValueError(f"ttt_backend must be 'auto', 'chunked' or 'reference', got {self.ttt_backend!r}")
+        if self.ttt_backend not in BACKEND_NAMES:
+            raise ValueError(f"ttt_backend must be one of {BACKEND_NAMES}, got {self.ttt_backend!r}")
         if self.ttt_base_lr is not None and not 0 <= self.ttt_base_lr < math.inf:
             raise ValueError(f"ttt_base_lr must be finite and not negative, got {self.ttt_base_lr}")
         if self.initializer_range < 0:

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 
+from .configuration_ttt import BACKEND_NAMES
 from .scan_chunked import scan_chunked
 from .scan_chunked import unsupported as chunked_unsupported
 from .scan_reference import scan_reference
 from .scan_reference import unsupported as reference_unsupported
+from .scan_triton import scan_triton
+from .scan_triton import unsupported as triton_unsupported
 from .ttt_state import ScanInputs, ScanOutput
 
 __all__ = ["BACKENDS", "scan"]
@@ -13,8 +16,9 @@ __all__ = ["BACKENDS", "scan"]
 BACKENDS: dict[str, tuple[Callable[[ScanInputs], ScanOutput], Callable[[ScanInputs], str | None]]] = {
     "reference": (scan_reference, reference_unsupported),
     "chunked": (scan_chunked, chunked_unsupported),
+    "triton": (scan_triton, triton_unsupported),
 }
-AUTO_ORDER = ("chunked", "reference")
+AUTO_ORDER = BACKEND_NAMES[1:]
 
 
 def scan(inputs: ScanInputs, backend: str = "auto") -> ScanOutput:
@@ -24,7 +28,8 @@ def scan(inputs: ScanInputs, backend: str = "auto") -> ScanOutput:
         ValueError: the named backend is unknown or cannot serve this call; the message says why.
     """
     if backend == "auto":
-        backend = next(name for name in AUTO_ORDER if BACKENDS[name][1](inputs) is None)
+        order = AUTO_ORDER if inputs.q.is_cuda else AUTO_ORDER[1:]  # Triton's interpreter is for tests
+        backend = next(name for name in order if BACKENDS[name][1](inputs) is None)
     elif backend not in BACKENDS:
         raise ValueError(f"ttt_backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     run, unsupported = BACKENDS[backend]

@@ -142,21 +142,24 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm()) / (size if size > 1e-12 else 1.0)
 
 
-def errors(case: Case, device: str = "cpu", **fields) -> dict[str, float]:
-    """Relative error of every output of the triton backend, without gradients, against the float64 reference."""
+def errors(case: Case, device: str = "cpu", oracle: str = "reference", **fields) -> dict[str, float]:
+    """Relative error of every output of the triton backend, without gradients, against another's in float64."""
     exact = build(case)
-    want = outputs(exact, "reference")
+    with torch.set_grad_enabled(oracle == "reference"):
+        want = outputs(exact, oracle)
     with torch.no_grad():
         got = outputs(replace(moved(exact, torch.float32, device, case.strided), **fields), "triton")
     return {name: relative(got[name], want[name]) for name in want}
 
 
-def gradient_errors(case: Case, device: str = "cpu", **fields) -> tuple[dict[str, float], dict[str, float]]:
+def gradient_errors(
+    case: Case, device: str = "cpu", oracle: str = "reference", **fields
+) -> tuple[dict[str, float], dict[str, float]]:
     """Relative errors of the outputs and of the gradients of a random sum of them, with respect to every input."""
     exact = moved(build(case), torch.float64, "cpu", False)
     ours = replace(moved(exact, torch.float32, device, case.strided), **fields)
     results, gradients = [], []
-    for inputs, backend in ((ours, "triton"), (exact, "reference")):
+    for inputs, backend in ((ours, "triton"), (exact, oracle)):
         rng = torch.Generator().manual_seed(case.seed + 1)
         found, named = outputs(inputs, backend), leaves(inputs)
         weights = {name: torch.randn(t.shape, generator=rng, dtype=torch.float64) for name, t in found.items()}

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modeling_ttt.configuration_ttt import BACKEND_NAMES
 from modeling_ttt.inner_net import INNER_NETS, InnerNet, forward_chain, output_gradients
 from modeling_ttt.objective import reconstruction_gradient, reconstruction_loss, scaled_residual
 from modeling_ttt.rotary import rotary_table, rotate
+from modeling_ttt.scan import BACKENDS
 from modeling_ttt.short_conv import ShortConv
 from modeling_ttt.token_grid import TokenGrid
 
@@ -26,6 +28,10 @@ def test_a_named_backend_that_cannot_serve_says_why():
     model.config.ttt_backend = "cuda"
     with pytest.raises(ValueError, match="ttt_backend must be 'auto' or one of"):
         model(tokens(1, 3))
+
+
+def test_the_configuration_knows_every_backend():
+    assert set(BACKEND_NAMES) == {"auto", *BACKENDS}
 
 
 @pytest.mark.parametrize("widths", [(1, 1), (1, 4, 1), (1, 2, 3, 1)], ids=str)
