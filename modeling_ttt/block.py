@@ -27,8 +27,7 @@ class TTTRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         # torch.rms_norm on a CPU is several times slower than its parts.
         states = hidden_states.float() if hidden_states.dtype in (torch.float16, torch.bfloat16) else hidden_states
-        norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        scale = norm.square().mul_(1 / states.shape[-1]).add_(self.eps).rsqrt_()
+        scale = states.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         return self.weight * (states * scale).to(hidden_states.dtype)
 
 
@@ -43,11 +42,19 @@ class TTTMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate = self.gate_proj(hidden_states)
-        if torch.is_grad_enabled() or not isinstance(self.act_fn, nn.SiLU) or is_hooked(self.gate_proj, self.act_fn):
-            return self.down_proj(self.act_fn(gate) * self.up_proj(hidden_states))
-        # The widest tensors of the model: without gradients and onlookers they are worked on in place.
-        return self.down_proj(F.silu(gate, inplace=True).mul_(self.up_proj(hidden_states)))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        if self._works_in_place(gate, up):
+            return self.down_proj(F.silu(gate, inplace=True).mul_(up))
+        return self.down_proj(self.act_fn(gate) * up)
+
+    def _works_in_place(self, gate: Tensor, up: Tensor) -> bool:
+        """Many tokens (these are the widest tensors of the model), and nobody but this layer sees them."""
+        if torch.is_grad_enabled() or gate.shape[1] < 64 or gate.dtype != up.dtype:
+            return False
+        plain = type(self.gate_proj) is nn.Linear and type(self.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
+        # Tracers and offloading replace `forward` of an instance.
+        modules = (self.gate_proj, self.act_fn)
+        return plain and not any("forward" in vars(m) for m in modules) and not is_hooked(*modules)
 
 
 class TTTPreConv(nn.Module):

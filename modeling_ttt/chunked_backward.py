@@ -134,9 +134,8 @@ class _Gradients:
         self.ln_weight += 2 * operands.ln_weight * (chain.residual * chain.normed).unflatten(1, batch).sum(over)
         # rate = tau_t lr_s; commit_rate = -tau_{K-1} lr_s where the mini-batch is complete
         rate = reads.rate.tril_()
-        committed = sum((e * x).sum(-1) for e, x in zip(chain.commit, trace.xs, strict=True))[
-            ..., None
-        ]  # [m, N, K, 1]
+        pairs = zip(chain.commit, trace.xs, strict=True)
+        committed = sum((e * x).sum(-1, keepdim=True) for e, x in pairs)  # [m, N, K, 1]
         if block.complete is not None:
             committed = committed * block.complete
         self.tau += _matmul(rate, block.lr).sum((0, 1, 3))

@@ -157,7 +157,7 @@ class Block:
 
 def blocks(layout: Layout, step: int = 0):
     """Spans of mini-batches that are worked on together, (first, stop)."""
-    step = step or max(1, BLOCK_TOKENS // (layout.size * layout.batch))
+    step = step or max(1, BLOCK_TOKENS // (layout.size * max(1, layout.batch)))
     for first in range(0, layout.borders.count, step):
         yield first, min(first + step, layout.borders.count)
 
@@ -199,10 +199,9 @@ class _Loop:
         layout = self.layout
         z = torch.empty_like(block.residual)
         depth = len(weights)
-        norms = (
-            z.new_empty(2 * depth - 1, *z.shape[:-1]) if layout.want_norm else None
-        )  # of inputs from map 2 on, of g
-        norm_rooms = [room.unbind() for room in norms] if layout.want_norm else []
+        # Norms of the inputs from map 2 on and of all gradients.
+        norms = z.new_empty(2 * depth - 1 if layout.want_norm else 0, *z.shape[:-1])
+        norm_rooms = [room.unbind() for room in norms]
         # One call cuts a tensor into its mini-batches; indexing would be a call for each.
         x, y, residual, scores, rate, out = (
             t.unbind() for t in (block.x, block.y, block.residual, block.scores, block.rate, z)

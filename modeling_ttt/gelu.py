@@ -15,6 +15,7 @@ __all__ = ["gelu_backward", "gelu_derivatives", "gelu_with_gate"]
 
 _A = 2 * math.sqrt(2 / math.pi)
 _C = 0.044715 * _A
+_FAR = 1e4
 
 
 def gelu_with_gate(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -41,6 +42,7 @@ def gelu_derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
     With h = logistic(v) and d = dv/dx = a + 3 c x^2 they are h + x h (1 - h) d and
     h (1 - h) (2 d + x d' + x (1 - 2 h) d^2), where x d' = 2 (d - a).
     """
+    x = x.clamp(-_FAR, _FAR)  # beyond, both are constant and the powers of x overflow
     gate = _slope(x, _C).mul_(x).sigmoid_()
     bump, d = _bump(gate), _slope(x, 3 * _C)
     first = torch.mul(d, x).mul_(bump).add_(gate)

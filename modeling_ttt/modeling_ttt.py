@@ -165,8 +165,11 @@ class TTTModel(TTTPreTrainedModel):
             past_key_values,
         )
         lr_mults = layer_lr_mults(config, ttt_lr_mult, grid)
-        recorded = kwargs.get("output_hidden_states", config.output_hidden_states)
-        segments = cut_into_segments(self, grid, capturing=output_ttt_stats or bool(recorded))
+        wanted = [
+            kwargs.get(f"output_{name}", getattr(config, f"output_{name}", None)) for name in self._can_record_outputs
+        ]
+        recorded = any(value is not None and value is not False for value in wanted)
+        segments = cut_into_segments(self, grid, capturing=output_ttt_stats or recorded)
         states: list[dict[str, Tensor]] = [{}] * config.num_hidden_layers
         if past_key_values is not None:
             states = [layer.tensors for layer in past_key_values.layers]
@@ -175,25 +178,12 @@ class TTTModel(TTTPreTrainedModel):
             "output_ttt_stats": output_ttt_stats,
             "output_state": past_key_values is not None or len(segments) > 1,
         }
-        hidden_states = torch.empty_like(inputs_embeds) if len(segments) > 1 else None
-        plasticity = []
-        for columns, part in segments:
-            mults = [columns_of(lr_mult, columns) for lr_mult in lr_mults]
-            read, written, stats, states = self._run(inputs_embeds[:, columns], part, states, mults, options)
-            plasticity.append(written)
-            if hidden_states is None:
-                hidden_states = read
-            else:
-                hidden_states[:, columns] = read
+        hidden_states, plasticity, stats, states = self._run(inputs_embeds, segments, states, lr_mults, options)
         if past_key_values is not None:
             # Only now, so that a call that fails leaves the cache as it was.
-            position, seen = part.advanced()
+            position, seen = segments[-1][1].advanced()
             for cache_layer, state in zip(past_key_values.layers, states, strict=True):
                 cache_layer.store(state | {"position": position, "seen": seen}, length)
-        if output_plasticity:
-            plasticity = (
-                plasticity[0] if len(segments) == 1 else [torch.cat(p, 2) for p in zip(*plasticity, strict=True)]
-            )
         return TTTModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
@@ -201,8 +191,23 @@ class TTTModel(TTTPreTrainedModel):
             ttt_stats=tuple(stats) if output_ttt_stats else None,
         )
 
-    def _run(self, hidden_states: Tensor, grid: TokenGrid, states: list, lr_mults: list, options: dict):
-        """One segment through all layers: hidden states [B, T, C] and per layer plasticity, statistics and state."""
+    def _run(self, inputs_embeds: Tensor, segments: list, states: list, lr_mults: list, options: dict):
+        """All segments through all layers: hidden states [B, T, C] and per layer plasticity, statistics and state."""
+        if len(segments) == 1:
+            return self._run_segment(inputs_embeds, segments[0][1], states, lr_mults, options)
+        hidden_states, plasticity = None, []
+        for columns, grid in segments:
+            mults = [columns_of(lr_mult, columns) for lr_mult in lr_mults]
+            read, written, stats, states = self._run_segment(inputs_embeds[:, columns], grid, states, mults, options)
+            plasticity.append(written)
+            if hidden_states is None:
+                hidden_states = read.new_empty(*inputs_embeds.shape[:2], read.shape[-1])
+            hidden_states[:, columns] = read
+        if options["output_plasticity"]:
+            plasticity = [torch.cat(parts, 2) for parts in zip(*plasticity, strict=True)]
+        return hidden_states, plasticity, stats, states
+
+    def _run_segment(self, hidden_states: Tensor, grid: TokenGrid, states: list, lr_mults: list, options: dict):
         config, dtype = self.config, scan_dtype(hidden_states.dtype)
         theta = config.rope_parameters["rope_theta"]
         table = rotary_table(config.mini_batch_size, config.head_dim, theta, dtype, hidden_states.device)
@@ -355,11 +360,6 @@ def _float64_causal_loss(
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
     targets = shift_labels.reshape(-1).to(logits.device)
     return fixed_cross_entropy(logits.reshape(-1, vocab_size), targets, num_items_in_batch, ignore_index, **kwargs)
-
-
-def _joined(parts: list) -> list[Tensor]:
-    """Per layer the tensors [B, H, .] of several segments as one."""
-    return [torch.cat(layer, 2) for layer in zip(*parts, strict=True)]
 
 
 def _kept_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

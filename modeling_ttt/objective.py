@@ -38,7 +38,7 @@ def reconstruction_gradient(z: Tensor, residual: Tensor, ln_weight_squared: Tens
     """Gradient of the inner loss at z, [..., f].
 
     With the normalised z^ this is the LayerNorm backward of gamma^2 z^ + gamma (beta - target); `residual` is
-    `scaled_residual`. Two fused ATen calls; differentiable once more by autograd.
+    `scaled_residual`. Three fused ATen calls; differentiable once more by autograd.
     """
     shape = [z.shape[-1]]
     normed, mean, rstd = torch.native_layer_norm(z, shape, None, None, INNER_LN_EPS)

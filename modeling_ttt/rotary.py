@@ -18,5 +18,5 @@ def rotary_table(mini_batch_size: int, head_dim: int, theta: float, dtype: torch
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Rotate the feature pairs (2i, 2i + 1) of x [B, T, H, f] by its tokens' angles, `turn` [B or 1, T, 1, f/2]."""
-    pairs = torch.view_as_complex(x.contiguous().view(*x.shape[:-1], -1, 2))
+    pairs = torch.view_as_complex(x.contiguous().view(*x.shape[:-1], x.shape[-1] // 2, 2))
     return torch.view_as_real(pairs * turn).flatten(-2)

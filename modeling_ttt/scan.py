@@ -29,8 +29,8 @@ def scan(inputs: ScanInputs, backend: str = "auto") -> ScanOutput:
     """
     if backend == "auto":
         order = AUTO_ORDER if inputs.q.is_cuda else AUTO_ORDER[1:]  # Triton's interpreter is for tests
-        backend = next(name for name in order if BACKENDS[name][1](inputs) is None)
-    elif backend not in BACKENDS:
+        return next(run for run, unsupported in map(BACKENDS.get, order) if unsupported(inputs) is None)(inputs)
+    if backend not in BACKENDS:
         raise ValueError(f"ttt_backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     run, unsupported = BACKENDS[backend]
     reason = unsupported(inputs)

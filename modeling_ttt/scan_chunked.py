@@ -14,11 +14,12 @@ from .aligned import AlignedTokens, align, unalign
 from .chunked_backward import backward
 from .chunked_forward import ForwardResult, Layout, Operands, forward
 from .inner_net import Weights, forward_chain, output_gradients
-from .objective import reconstruction_gradient
+from .objective import reconstruction_gradient, scaled_residual
 from .ttt_state import ScanInputs, ScanOutput, TTTState
 
 __all__ = ["scan_chunked", "unsupported"]
 
+# In the order in which `_Loop._step_stats` gives them.
 STATS = ("loss_init", "loss_before", "loss_after", "state_drift", "step_norm")
 
 
@@ -51,7 +52,8 @@ class ChunkedScan(torch.autograd.Function):
     def forward(layout: Layout, has_initial: bool, *flat: Tensor):
         """The tensors of a `ForwardResult`, see `_to_flat`."""
         depth = len(layout.widths)
-        return _to_flat(forward(layout, Operands.from_flat(flat, depth, has_initial)))
+        with torch.no_grad():  # torch.export traces this with gradients on, where results cannot be written in place
+            return _to_flat(forward(layout, Operands.from_flat(flat, depth, has_initial)))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -76,7 +78,9 @@ class ChunkedScan(torch.autograd.Function):
         with torch.no_grad(), maybe_autocast(operands.q.device.type, enabled=False):
             found = backward(ctx.layout, operands, list(states), _from_flat(ctx.layout, grads))
         if torch.is_grad_enabled():
-            found = [g if g is None else _Once.apply(g, *flat) for g in found]
+            # Through the operands or through what came in from above: either way it would be a second derivative.
+            sources = [*flat, *(g for g in grads if g is not None)]
+            found = [g if g is None else _Once.apply(g, *sources) for g in found]
         return None, None, *found
 
 
@@ -218,7 +222,7 @@ def _within_mini_batch(inputs: ScanInputs) -> ScanOutput:
         ln_weight, ln_bias = ln_weight.repeat(batch, 1, 1), ln_bias.repeat(batch, 1, 1)
     lr = inputs.lr.reshape(batch * heads, n, 1)
     xs, zs = forward_chain(weights, k)
-    residual = (k - v).add_(ln_bias).mul_(ln_weight)
+    residual = scaled_residual(v - k, ln_weight, ln_bias)
     gs = output_gradients(weights, zs, reconstruction_gradient(zs[-1], residual, ln_weight * ln_weight))
     rows = [
         tuple(
@@ -238,7 +242,7 @@ def _within_mini_batch(inputs: ScanInputs) -> ScanOutput:
     def unflat(pairs: Weights) -> Weights:
         return [(a.view(batch, heads, *a.shape[1:]), b.view(batch, heads, *b.shape[1:])) for a, b in pairs]
 
-    return ScanOutput(z.view(batch, heads, n, -1), TTTState(unflat(weights), unflat(rows)), plasticity)
+    return ScanOutput(z.view(inputs.q.shape), TTTState(unflat(weights), unflat(rows)), plasticity)
 
 
 def _read_rows(weights: Weights, rows: Weights, x: Tensor, tau: Tensor, stop: int) -> Tensor:

@@ -6,6 +6,7 @@ PyTorch's own float32 products on CUDA are, otherwise they are exact float32.
 
 import importlib.util
 import itertools
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from .ttt_state import ScanInputs, ScanOutput, TTTState
 __all__ = ["operand_precision", "scan_triton", "unsupported"]
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = {"linear": 128, "mlp": 64}
 MAX_MINI_BATCH = 64
 
 
@@ -32,11 +33,15 @@ def unsupported(inputs: ScanInputs) -> str | None:
 def _unsuited_place(inputs: ScanInputs) -> str | None:
     device = inputs.q.device
     if not TRITON_INSTALLED:
-        return "Triton is not installed (pip install 'modeling-ttt[triton]')"
+        return "Triton is not installed (pip install triton)"
+    if _import_failure() is not None:
+        return f"Triton is installed but cannot be imported: {_import_failure()}"
     if _interpreted():
         return None
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda":
         return f"it needs a CUDA device, the tensors are on {device.type!r}"
+    if torch.version.cuda is None:
+        return "it needs an NVIDIA GPU, this PyTorch was not built for CUDA"
     return None
 
 
@@ -44,12 +49,12 @@ def _unsuited_call(inputs: ScanInputs) -> str | None:
     f, size = inputs.q.shape[-1], inputs.tau.shape[0]
     if inputs.q.dtype != torch.float32:
         return f"its inner loop is in float32, this model's in {inputs.q.dtype}"
-    if f > MAX_HEAD_DIM:
-        return f"it takes head dims up to {MAX_HEAD_DIM}, got {f}"
-    if size > MAX_MINI_BATCH:
-        return f"it takes mini-batches of up to {MAX_MINI_BATCH} tokens, got {size}"
     if inputs.net not in INNER_NETS.values():
         return f"it has no kernels for the inner net {inputs.net.name!r}"
+    if f > MAX_HEAD_DIM[inputs.net.name]:
+        return f"it takes head dims up to {MAX_HEAD_DIM[inputs.net.name]} for {inputs.net.name!r}, got {f}"
+    if size > MAX_MINI_BATCH:
+        return f"it takes mini-batches of up to {MAX_MINI_BATCH} tokens, got {size}"
     if inputs.want_stats:
         return "it does not collect output_ttt_stats"
     if inputs.want_gradients:
@@ -98,8 +103,11 @@ def _arguments(inputs: ScanInputs, tokens: AlignedTokens) -> dict:
     if tokens.borders.complete is not None:
         commit = commit * tokens.borders.complete.repeat_interleave(inputs.tau.shape[0], 1)[:, None]
     precision = operand_precision(inputs)
-    # What products round anyway may be stored so.
-    q, k, v = (t.bfloat16() if precision == "bf16" else t for t in (tokens.q, tokens.k, tokens.v))
+    q, k, v = tokens.q, tokens.k, tokens.v
+    if precision == "bf16":
+        # What products round anyway may be stored so; v is in no product, and exact only in a bfloat16 model.
+        q, k = q.bfloat16(), k.bfloat16()
+        v = v.bfloat16() if inputs.operand_dtype == torch.bfloat16 else v
     named = {"q": q, "k": k, "v": v, "lr": tokens.lr, "commit": commit, "tau": inputs.tau, "precision": precision}
     named |= {"ln_weight": inputs.ln_weight, "ln_bias": inputs.ln_bias}
     flags = {"reset": tokens.borders.reset, "carried_slots": tokens.borders.carried_slots}
@@ -178,6 +186,19 @@ def _products_use_tf32() -> bool:
 @torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     """Triton was told to interpret its kernels on the CPU (its own variable TRITON_INTERPRET)."""
-    from .triton_math import INTERPRETED
+    return _imported()[1]
 
-    return bool(INTERPRETED.value)
+
+@torch.compiler.assume_constant_result
+def _import_failure() -> str | None:
+    return _imported()[0]
+
+
+@cache
+def _imported() -> tuple[str | None, bool]:
+    """Why importing Triton fails, or None, and whether it interprets; a failed import is not tried again."""
+    try:
+        from .triton_math import INTERPRETED
+    except Exception as error:  # whatever a half-installed package may raise
+        return f"{type(error).__name__}: {str(error)[:300]}", False
+    return None, bool(INTERPRETED.value)

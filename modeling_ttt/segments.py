@@ -25,8 +25,10 @@ def cut_into_segments(model: nn.Module, grid: TokenGrid, capturing: bool) -> lis
     `capturing` says that the library records outputs of submodules or that statistics over the whole call are wanted.
     """
     size = grid.mini_batch_size
-    tokens = SEGMENT_TOKENS if grid.device.type == "cpu" else SEGMENT_TOKENS_ELSEWHERE
-    length = max(1, tokens // (grid.batch * size)) * size
+    # Every segment of an offloaded model fetches its weights anew.
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    tokens = SEGMENT_TOKENS if grid.device.type == "cpu" and not offloaded else SEGMENT_TOKENS_ELSEWHERE
+    length = max(1, tokens // (max(1, grid.batch) * size)) * size
     whole = grid.length <= length or capturing or torch.is_grad_enabled() or torch.compiler.is_compiling()
     return grid.segments(grid.length if whole or is_hooked(*list(model.modules())[1:]) else length)
 

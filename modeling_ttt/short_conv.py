@@ -25,9 +25,12 @@ class ShortConv(nn.Conv1d):
         else:
             window, _ = grid.windows(kernel)
             taps = [_rows(padded, window[..., j]) for j in range(kernel)]
-        out = self.bias.expand_as(taps[0])
+        half = padded.dtype in (torch.float16, torch.bfloat16)  # summed in float32
+        weight, bias = (t.float() if half else t for t in (self.weight[:, 0], self.bias))
+        out = bias.expand_as(taps[0])
         for j, tap in enumerate(taps):
-            out = torch.addcmul(out, tap, self.weight[:, 0, j])
+            out = torch.addcmul(out, tap.to(out.dtype), weight[:, j])
+        out = out.to(padded.dtype)
         return out if grid.real is None else out * grid.real[..., None]
 
     def padded(self, x: Tensor, tail: Tensor | None) -> Tensor:

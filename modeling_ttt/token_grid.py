@@ -115,16 +115,6 @@ class TokenGrid:
         x = x.gather(dim, index)
         return x if self.real is None else x.masked_fill(~self.real.view(shape), 0)
 
-    def mini_batches(self) -> list[tuple[int, int]]:
-        """(first slot, number of columns) of every packed mini-batch."""
-        spans, column = [], 0
-        while column < self.width:
-            slot = (self.phase + column) % self.mini_batch_size
-            count = min(self.mini_batch_size - slot, self.width - column)
-            spans.append((slot, count))
-            column += count
-        return spans
-
     # ---------------------------------------------------------------- counts and windows
 
     @property

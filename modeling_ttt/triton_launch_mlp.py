@@ -61,7 +61,8 @@ def launch_mlp_backward(
     m = inner.shape[-1]
     d_z, d_norm, *d_end = adjoints[:6]
     matrices = (f, m), (1, m), (m, f), (1, f)
-    with_norm, with_rows, carried = d_norm is not None, last is not None, carried_slots is not None
+    with_norm, with_rows = d_norm is not None, last is not None and any(t is not None for t in adjoints[6:])
+    carried = carried_slots is not None
     d_read = torch.zeros_like(gradient2) if d_z is None else d_z.contiguous()
     d_norm = d_norm.contiguous() if with_norm else d_read
     rows = [d_read] * 3

@@ -10,7 +10,7 @@ precomputed per token ("moments"), so that the chain takes one reduction per min
 try:
     from triton import jit
     from triton import language as tl
-except ImportError:  # checkpoints carry this file to machines without Triton; only the backend imports it
+except ImportError:  # inside try: the Hub loader demands what a checkpoint's files import outside
     raise
 
 from .triton_math import add5, dot
@@ -21,7 +21,7 @@ MOMENTS = tl.constexpr(6)
 """Rows of `moments` [N, 6, M * K]: 1 / sigma, mean p, mean p n, mean gamma^2 n, mean gamma^2 n^2, mean U_0 g."""
 
 
-@jit(do_not_specialize=["mini_batches", "groups"])
+@jit(do_not_specialize=["heads", "mini_batches", "groups"])
 def linear_back_read_kernel(
     q,
     k,
@@ -145,7 +145,7 @@ def linear_back_read_kernel(
     tl.store(moments + 5 * columns, tl.sum(d_g * g, 1) * (1.0 / F), mask=in_t)
 
 
-@jit(do_not_specialize=["mini_batches", "groups"])
+@jit(do_not_specialize=["heads", "mini_batches", "groups"])
 def linear_back_chain_kernel(
     k,
     commit,
@@ -270,7 +270,7 @@ def linear_back_chain_kernel(
     tl.store(d_start_bias + pid * F + d, d_bias, mask=in_f)
 
 
-@jit(do_not_specialize=["mini_batches", "groups"])
+@jit(do_not_specialize=["heads", "mini_batches", "groups"])
 def linear_back_tokens_kernel(
     q,
     k,

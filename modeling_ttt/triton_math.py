@@ -10,7 +10,7 @@ import contextlib
 try:
     from triton import jit, knobs
     from triton import language as tl
-except ImportError:  # checkpoints carry this file to machines without Triton; only the backend imports it
+except ImportError:  # inside try: the Hub loader demands what a checkpoint's files import outside
     raise
 
 import torch

@@ -9,7 +9,7 @@ another reads.
 try:
     from triton import jit
     from triton import language as tl
-except ImportError:  # checkpoints carry this file to machines without Triton; only the backend imports it
+except ImportError:  # inside try: the Hub loader demands what a checkpoint's files import outside
     raise
 
 from .triton_math import dot
@@ -30,7 +30,7 @@ def gelu_slope(x):
     return s + x * s * (1 - s) * (2 * 0.7978845608028654) * (1 + 0.134145 * x * x)
 
 
-@jit(do_not_specialize=["mini_batches", "groups"])
+@jit(do_not_specialize=["heads", "mini_batches", "groups"])
 def mlp_chain_kernel(
     k,
     v,
@@ -198,7 +198,7 @@ def mlp_chain_kernel(
         tl.debug_barrier()  # the next mini-batch reads what was committed
 
 
-@jit(do_not_specialize=["mini_batches", "groups"])
+@jit(do_not_specialize=["heads", "mini_batches", "groups"])
 def mlp_read_kernel(
     q,
     k,

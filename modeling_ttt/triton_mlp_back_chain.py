@@ -7,7 +7,7 @@ inner width: back to the adjoint of z, then through the first map and the update
 try:
     from triton import jit
     from triton import language as tl
-except ImportError:  # checkpoints carry this file to machines without Triton; only the backend imports it
+except ImportError:  # inside try: the Hub loader demands what a checkpoint's files import outside
     raise
 
 from .triton_math import dot
@@ -15,7 +15,7 @@ from .triton_math import dot
 __all__ = ["mlp_back_chain_kernel"]
 
 
-@jit(do_not_specialize=["mini_batches"])
+@jit(do_not_specialize=["heads", "mini_batches"])
 def mlp_back_chain_kernel(
     q,
     k,

@@ -9,7 +9,7 @@ transposed is stored first and loaded transposed, with a barrier between.
 try:
     from triton import jit
     from triton import language as tl
-except ImportError:  # checkpoints carry this file to machines without Triton; only the backend imports it
+except ImportError:  # inside try: the Hub loader demands what a checkpoint's files import outside
     raise
 
 from .triton_math import dot
@@ -27,7 +27,7 @@ def gelu_curve(x):
     return s * (1 - s) * (2 * u + x * ((1 - 2 * s) * u * u + c * 0.26829 * x))
 
 
-@jit(do_not_specialize=["mini_batches", "groups"])
+@jit(do_not_specialize=["heads", "mini_batches", "groups"])
 def mlp_expand_kernel(
     k,
     commit,
@@ -95,7 +95,7 @@ def mlp_expand_kernel(
             b2 -= tl.sum(step2, 0)
 
 
-@jit(do_not_specialize=["mini_batches"])
+@jit(do_not_specialize=["heads", "mini_batches"])
 def mlp_back_read_kernel(
     q,
     k,

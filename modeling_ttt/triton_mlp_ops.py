@@ -10,7 +10,7 @@ from .triton_sizes import group_size
 
 __all__ = ["mlp_backward", "mlp_forward"]
 
-_NAMESPACE = re.sub(r"\W", "_", __name__)
+_NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::mlp_forward", mutates_args=())

@@ -14,7 +14,7 @@ from .triton_sizes import group_size
 
 __all__ = ["flat", "linear_backward", "linear_forward", "no_second_derivative", "unit_stride"]
 
-_NAMESPACE = re.sub(r"\W", "_", __name__)
+_NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::linear_forward", mutates_args=())

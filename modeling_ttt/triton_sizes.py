@@ -30,11 +30,12 @@ def group_size(mini_batch_size: int, mini_batches: int, resets: bool, head_dim: 
 def group_tokens(head_dim: int, precision: str, sm: int) -> int:
     """Tokens of a group on a GPU of compute capability `sm` (80, 90).
 
-    Exact float32 products have no matrix units, and GPUs before Hopper take operands from registers: both hold less.
+    Exact float32 products have no matrix units, and GPUs other than Hopper and Blackwell for data
+    centres have less shared memory or take operands from registers: both hold less.
     """
     if precision == "ieee":
         return 32 if head_dim <= 64 else 16
-    return 64 if sm >= 90 else 32
+    return 64 if 90 <= sm < 120 else 32
 
 
 def warps(kernel: str, head_dim: int, mini_batch_size: int, precision: str) -> int:

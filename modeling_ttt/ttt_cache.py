@@ -37,6 +37,8 @@ class TTTCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     `tensors` holds the inner weights at the start of the open mini-batch (`W1 b1 W2 b2`), the writes of the open
     mini-batch (`x1 g1 ...`), the tails of the short convolutions (`tail_*`), and per row `position` (real tokens of
     the current document) and `seen` (all real tokens), both int64 on the CPU. It is empty before the first token.
+    Tensors are replaced, never changed in place, and successive states share those that did not change: copy one
+    (`clone`) before writing to it.
     """
 
     _layer_type = "ttt"

@@ -10,7 +10,6 @@ from .inner_stats import target_dispersion
 from .objective import unit_layer_norm
 from .rotary import rotate
 from .scan import scan
-from .segments import is_hooked
 from .short_conv import ShortConv
 from .token_grid import TokenGrid
 from .ttt_outputs import TTTStats
@@ -74,15 +73,19 @@ class TTTLayer(nn.Module):
         statistics.
         """
         q, k, v, tails = self._project(hidden_states, grid, past)
+        operand_dtype, dtype = v.dtype, scan_dtype(hidden_states.dtype)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         # Autocast would round the inner loop to half precision.
         with maybe_autocast(hidden_states.device.type, enabled=False):
             readout, output, stats = self._inner_loop(
-                q, k, v, hidden_states, grid, rotary, past, lr_mult, output_plasticity, output_ttt_stats
+                q, k, v, operand_dtype, hidden_states, grid, rotary, past, lr_mult, output_plasticity, output_ttt_stats
             )
         mixed = self._output(readout, hidden_states)
         return mixed, output.state.to_tensors() | tails, output.plasticity if output_plasticity else None, stats
 
-    def _inner_loop(self, q, k, v, hidden_states, grid, rotary, past, lr_mult, output_plasticity, output_ttt_stats):
+    def _inner_loop(
+        self, q, k, v, operand_dtype, hidden_states, grid, rotary, past, lr_mult, output_plasticity, output_ttt_stats
+    ):
         """Write and read every token: the read-out [B, H, T, f], the scan's output and the statistics."""
         heads_first = [t.transpose(1, 2) for t in (rotate(q, rotary), rotate(k, rotary), v)]  # [B, H, T, f]
         dispersion = target_dispersion((v - k).transpose(1, 2), grid.real) if output_ttt_stats else None
@@ -105,20 +108,25 @@ class TTTLayer(nn.Module):
             grid=grid,
             want_plasticity=output_plasticity,
             want_stats=output_ttt_stats,
-            want_gradients=is_hooked(self.tap_inner_grad),
-            operand_dtype=hidden_states.dtype,
+            want_gradients=bool(self.tap_inner_grad._forward_hooks or self.tap_inner_grad._forward_pre_hooks),
+            operand_dtype=operand_dtype,
         )
         output = scan(inputs, self.config.ttt_backend)
-        if inputs.want_gradients and self.tap_inner_grad(output.gradients) is not output.gradients:
-            raise ValueError("tap_inner_grad is for reading: a hook returned something else; edit ttt_lr_mult instead")
+        if inputs.want_gradients:
+            gradients = output.gradients.detach()
+            if self.tap_inner_grad(gradients) is not gradients:
+                raise ValueError(
+                    "tap_inner_grad is for reading: a hook returned something else; edit ttt_lr_mult instead"
+                )
         # Token-major, where these tensors are contiguous.
         normed = unit_layer_norm(output.z.transpose(1, 2))
         readout = (q.transpose(1, 2) + ln_bias).addcmul_(ln_weight, normed)  # [B, T, H, f]
         readout = self.tap_readout(readout.transpose(1, 2))
         stats = None
         if output_ttt_stats:
-            shown = lr if grid.real is None else lr.masked_fill(~grid.real[:, None], 0)
-            stats = TTTStats(**output.stats, lr=shown, target_dispersion=dispersion)
+            shown = lr.clone() if grid.real is None else lr.masked_fill(~grid.real[:, None], 0)
+            found = output.stats | {"lr": shown, "target_dispersion": dispersion}
+            stats = TTTStats(**{name: value.detach() for name, value in found.items()})
         return readout, output, stats
 
     def token_rate(self, dtype: torch.dtype) -> Tensor:
@@ -136,7 +144,7 @@ class TTTLayer(nn.Module):
         return lr if lr_mult is None else lr * lr_mult.to(lr.device, dtype)
 
     def _project(self, hidden_states: Tensor, grid: TokenGrid, past: dict[str, Tensor] | None):
-        """Queries and keys before rotation and values, each [B, T, H, f] in the scan's dtype, and the new tails."""
+        """Queries and keys before rotation and values, each [B, T, H, f], and the new tails."""
         tails = {}
         q, v = self.q_proj(hidden_states), self.v_proj(hidden_states)
         if self.config.share_qk:
@@ -145,9 +153,8 @@ class TTTLayer(nn.Module):
             q, k = self.conv_q(padded, grid), self.conv_k(padded, grid)
         else:
             k = self.k_proj(hidden_states)
-        dtype = scan_dtype(hidden_states.dtype)
         shape = (*v.shape[:2], self.num_heads, self.head_dim)
-        q, k, v = (x.reshape(shape).to(dtype) for x in (q, k, v))
+        q, k, v = (x.reshape(shape) for x in (q, k, v))
         return q, k, v, tails
 
     def _past_state(self, past: dict[str, Tensor] | None, dtype: torch.dtype) -> TTTState | None:

@@ -1,4 +1,4 @@
-"""The model compiles as one graph, reading and training, and gives the numbers of eager mode."""
+"""The model compiles and exports as one graph and gives the numbers of eager mode."""
 
 import pytest
 import torch
@@ -21,3 +21,11 @@ def test_compiled_model_reads_and_trains_as_one_graph(kind):
     model.zero_grad()
     model(ids, labels=ids).loss.backward()
     assert distance(got, [p.grad for p in model.parameters()]) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_exported_model_gives_the_same_logits(kind):
+    """With gradients on, as `torch.export` is called by default."""
+    model, ids = tiny(ttt_layer_type=kind, num_hidden_layers=1, use_cache=False), tokens(2, 10)
+    exported = torch.export.export(model, (ids,))
+    assert distance(exported.module()(ids).logits, model(ids).logits) < 1e-12

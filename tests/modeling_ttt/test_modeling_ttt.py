@@ -6,6 +6,7 @@ from accelerate import cpu_offload, disk_offload
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from modeling_ttt import TTTConfig, TTTForCausalLM, TTTModel
+from modeling_ttt.block import TTTRMSNorm
 
 from .helpers import BACKBONES, cache_distance, distance, tiny, tokens
 
@@ -181,10 +182,22 @@ def test_no_tokens_and_token_ids_without_input_ids_are_refused():
         tiny()(inputs_embeds=torch.ones(2, 9, 32, dtype=torch.float64), reset_at=1)
 
 
-def test_stats_have_finite_gradients(model):
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_diagnostics_carry_no_gradient(backend):
+    model, shown = tiny(ttt_backend=backend), []
+    tap = model.model.layers[0].seq_modeling_block.tap_inner_grad
+    tap.register_forward_hook(lambda m, i, o: shown.append(o))
     out = model(tokens(1, 9), output_ttt_stats=True)
-    sum(value.sum() for stats in out.ttt_stats for value in stats.values()).backward()
-    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+    values = [value for layer in out.ttt_stats for value in layer.values()]
+    assert len(values) == 2 * 8 and not any(value.requires_grad for value in [*values, *shown])
+    assert out.plasticity[0].requires_grad
+    out.logits.sum().backward()
+
+
+def test_rms_norm_of_a_zero_row_has_a_second_derivative():
+    norm, x = TTTRMSNorm(6, 1e-2).double(), torch.randn(3, 6, dtype=torch.float64)
+    x[1] = 0
+    assert torch.autograd.gradgradcheck(norm, x.requires_grad_())
 
 
 @torch.no_grad()

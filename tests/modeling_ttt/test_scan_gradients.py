@@ -117,6 +117,49 @@ def test_second_derivative_is_refused_and_the_reference_named():
     assert embeds.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("how", ["double-backward trick", "weights after the layer"])
+def test_second_derivative_is_refused_also_when_it_comes_in_from_above(how):
+    """The gradient depends on what came in from above, too: dropping that would be a silent error."""
+    model = tiny(ttt_backend="chunked", use_cache=False)
+    embeds = model.model.embed_tokens(tokens(1, 9)).detach()
+    if how == "weights after the layer":
+        model.requires_grad_(False)
+        weight = model.model.layers[1].mlp.down_proj.weight.requires_grad_()
+        embeds.requires_grad_()
+        (gradient,) = torch.autograd.grad(model(inputs_embeds=embeds).logits.square().sum(), embeds, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(gradient.square().sum(), weight)
+    else:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.functional.jvp(lambda x: model(inputs_embeds=x).logits, embeds, torch.ones_like(embeds))
+
+
+@pytest.mark.parametrize("case", ["masks, rows at different phases", "borders, masks, continued"])
+def test_nothing_uninitialised_is_read(case):
+    """Under deterministic algorithms PyTorch fills new memory with NaN."""
+    inputs = moved(build(Case(**{**vars(CASES[case]), "net": "mlp"})), torch.float64, "cpu", False)
+    want = gradients(inputs, "chunked")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        got = gradients(inputs, "chunked")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert worst(got[0], want[0]) == worst(got[1], want[1]) == 0
+
+
+@pytest.mark.parametrize("net", ["linear", "mlp"])
+def test_carried_rows_count_as_they_are(net):
+    """Rows that do not follow from the weights (edited, or of another model) are read, committed, given gradients."""
+    inputs = build(Case(net=net, length=30, first=13))
+    for x, g in inputs.state.rows:
+        x.mul_(1.5)
+        g.mul_(-0.5)
+    inputs = moved(inputs, torch.float64, "cpu", False)
+    got, want = gradients(inputs, "chunked"), gradients(inputs, "reference")
+    assert worst(got[0], want[0]) < 1e-11
+    assert worst(got[1], want[1]) < 1e-10
+
+
 def test_torch_func_sees_the_same_gradient():
     model = tiny(ttt_layer_type="mlp")
     embeds = model.model.embed_tokens(tokens(1, 21)).detach()

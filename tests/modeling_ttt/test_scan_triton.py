@@ -61,6 +61,16 @@ def test_without_triton_the_backend_says_how_to_get_it(monkeypatch):
     assert "pip install" in scan_triton.unsupported(on_cpu())
 
 
+def test_a_triton_that_does_not_import_is_a_reason_and_no_error(monkeypatch):
+    monkeypatch.setattr(scan_triton, "TRITON_INSTALLED", True)
+    monkeypatch.setitem(sys.modules, "modeling_ttt.triton_math", None)  # makes its import fail
+    scan_triton._imported.cache_clear()
+    try:
+        assert "cannot be imported: ModuleNotFoundError" in scan_triton.unsupported(on_cpu())
+    finally:
+        scan_triton._imported.cache_clear()
+
+
 def test_factors_are_rounded_like_the_model_and_like_products_of_torch():
     inputs, before = on_cpu(), torch.backends.cuda.matmul.fp32_precision
     assert scan_triton.operand_precision(inputs) == "ieee"

@@ -87,7 +87,7 @@ def test_failure_in_a_late_segment_leaves_the_cache_as_it_was(short_segments, mo
     with torch.no_grad():
         cache = model(ids[:, :6], use_cache=True).past_key_values
         before = {n: t.clone() for n, t in cache.layers[0].tensors.items()}
-        calls, run = [], model.model._run
+        calls, run = [], model.model._run_segment
 
         def fail_late(*args):
             calls.append(1)
@@ -95,8 +95,42 @@ def test_failure_in_a_late_segment_leaves_the_cache_as_it_was(short_segments, mo
                 raise RuntimeError("out of memory")
             return run(*args)
 
-        monkeypatch.setattr(model.model, "_run", fail_late)
+        monkeypatch.setattr(model.model, "_run_segment", fail_late)
         with pytest.raises(RuntimeError, match="out of memory"):
             model(ids, past_key_values=cache)
     assert cache.get_seq_length() == 6
     assert all(torch.equal(cache.layers[0].tensors[n], t) for n, t in before.items())
+
+
+def test_feed_forward_in_place_is_taken_and_never_seen():
+    """The in-place path gives the numbers of the other; whoever may see a tensor of it keeps it from being taken."""
+    model, x = tiny(intermediate_size=32), torch.randn(1, 80, 32, dtype=torch.float64)
+    mlp = model.model.layers[0].mlp
+    want = mlp(x)
+    with torch.no_grad():
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        assert mlp._works_in_place(gate, up)
+        assert torch.equal(mlp(x), want)
+        seen = []
+        handle = mlp.gate_proj.register_forward_hook(lambda m, i, o: seen.append(o))
+        assert torch.equal(mlp(x), want) and torch.equal(seen[0], gate)
+        handle.remove()
+        forward = mlp.gate_proj.forward
+        mlp.gate_proj.forward = lambda h: seen.append(forward(h)) or seen[-1]
+        assert torch.equal(mlp(x), want) and torch.equal(seen[1], gate)
+        del mlp.gate_proj.forward
+        mlp.gate_proj = torch.nn.Identity()
+        assert torch.equal(mlp(x), mlp.down_proj(torch.nn.functional.silu(x) * up))
+
+
+def test_segments_keep_the_dtype_of_the_model(short_segments):
+    model = tiny(torch.bfloat16)
+    model.model.norm.float()
+    with torch.no_grad():
+        states = [model.model(tokens(2, n)).last_hidden_state for n in (4, 61)]
+    assert states[0].dtype == states[1].dtype == torch.float32 and len(short_segments[-1]) > 5
+
+
+def test_a_batch_of_no_rows_passes():
+    with torch.no_grad():
+        assert tiny()(torch.zeros(0, 5, dtype=torch.long)).logits.shape == (0, 5, 64)

@@ -98,6 +98,6 @@ def test_a_grid_without_mask_or_borders_packs_nothing():
     grid = TokenGrid((2, 7), 4, torch.device("cpu"), torch.ones(2, 7, dtype=torch.bool))
     x = torch.rand(2, 3, 7)
     assert grid.uniform and grid.pack(x, 2) is x and grid.unpack(x, 2) is x
-    assert grid.mini_batches() == [(0, 4), (0, 3)]
     later = TokenGrid((2, 7), 4, torch.device("cpu"), position=torch.tensor([6, 6]), seen=torch.tensor([6, 6]))
-    assert later.mini_batches() == [(2, 2), (0, 4), (0, 1)]
+    assert later.uniform and (later.phase, later.width) == (2, 7)
+    assert [(c.start, c.stop, g.phase) for c, g in later.segments(4)] == [(0, 2, 2), (2, 6, 0), (6, 7, 0)]

@@ -96,6 +96,11 @@ def test_the_self_check_passes_and_finds_a_wrong_kernel(net, monkeypatch):
     assert "could not run: ZeroDivisionError" in trial(*configuration)
 
 
+def test_the_self_check_of_a_training_step_passes_with_rounded_factors():
+    with torch.device("meta"):  # whatever default device the caller has set
+        assert trial(torch.device("cpu"), "linear", 32, 16, "bf16", True) is None
+
+
 def test_a_call_that_cannot_be_served_says_why():
     inputs = moved(build(Case(length=9)), torch.float32, "cpu", False)
     assert unsupported(inputs) is None
