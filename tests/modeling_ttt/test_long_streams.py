@@ -1,10 +1,12 @@
-"""Long real text on the bundled checkpoint: flat memory, and bfloat16 that stays close to float32.
+"""Long real text on the bundled checkpoint: flat memory, in many calls or one, and bfloat16 close to float32.
 
 `pytest -m slow tests/modeling_ttt/test_long_streams.py -s` prints the figures.
 """
 
 import pydoc_data.topics
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,26 @@ def test_131072_tokens_stream_through_a_cache_of_constant_size():
     )
     assert len(set(sizes)) == 1
     assert peaks[-1] < 1.05 * peaks[7]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's memory counters")
+def test_131072_tokens_in_one_call_need_less_than_a_gigabyte():
+    """In a process of its own: what the call holds at its peak beyond what was resident before it."""
+    script = f"""
+import resource, torch, modeling_ttt
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained({str(CHECKPOINT)!r}, dtype=torch.float32).eval()
+ids = torch.randint(3, model.config.vocab_size, (1, 131_072))
+with torch.no_grad():
+    model(ids[:, :64])
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    out = model(ids, logits_to_keep=1)
+assert torch.isfinite(out.logits).all() and out.plasticity[0].shape[-1] == 131_072
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    needed = int(done.stdout.split()[-1])
+    print(f"\npeak of one call of 131,072 tokens: {needed / 2**20:.0f} MiB beyond the loaded model")
+    assert needed < 1e9
