@@ -1,5 +1,6 @@
 """Models and tokenizers by name, through the Auto classes, with one clear error for what can go wrong."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -7,13 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from filelock import FileLock
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-import modeling_ttt  # noqa: F401  (registers the TTT classes with the Auto classes)
 from interp.freezing import parse_layers, ttt_layers
+from modeling_ttt.convert_jax import convert_checkpoint, find_source  # this import registers the Auto classes, too
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+    "auto": "auto",
+}
+_JAX_NAMES = ("streaming_params*", "streaming_train_state*", "flax_params*", "step_*")
+# Part of the name of a converted folder: raised when a conversion comes to give something else.
+_CONVERSION = 1
+_LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def load_model(
@@ -22,34 +36,45 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     config: str | os.PathLike | None = None,
     overrides: Mapping[str, Any] | None = None,
+    ttt_only: bool = True,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Any:
-    """Load a TTT causal language model from a folder or the Hub, in evaluation mode.
+    """Load a TTT causal language model from a folder, the Hub or a JAX checkpoint, in evaluation mode.
 
-    `dtype` is that of the parameters, `device` (cpu) where they lie. `config` (a folder, file or Hub id)
-    replaces the configuration stored with the model, and `overrides` replace single keys of it. ValueError
-    when the model cannot be found or read, when it has no TTT layers, for unknown dtypes and keys, and for
-    devices that this machine does not have.
+    `dtype` is that of the parameters ("auto": as stored); `device` (cpu) is where they lie, or `device_map` spreads
+    them. `config` (a folder, file or Hub id) replaces the configuration stored with the model, and `overrides` replace
+    single keys of it. A checkpoint of the official JAX code (a folder, or a file in it) is converted first, into a
+    folder below `cache_dir` (default: beside the Hub's cache) that is used again until the checkpoint changes; there
+    `config` is a preset or a json file. `ttt_only=False` also takes models without TTT layers, as controls.
+
+    ValueError when the model cannot be found or read, when parameters are missing or of another shape, when it has no
+    TTT layers, for unknown dtypes and keys, for a `revision` of a folder, and for devices that this machine lacks.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
+    if device is not None and device_map is not None:
+        raise ValueError(f"pass device or device_map, got {str(device)!r} and {device_map!r}")
     _check_device(device or "cpu")
     name = os.fspath(name_or_path)
+    _check_revision(name, revision)
+    if is_jax_checkpoint(name):
+        name, config = os.fspath(convert_to_cache(name, config=config, cache_dir=cache_dir)), None
     _check_folder("model", name, "config.json")
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         settings = AutoConfig.from_pretrained(name if config is None else os.fspath(config), **common)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         raise ValueError(f"the configuration of model {name!r} could not be read: {error}") from error
-    ttt_layers(settings)
+    if ttt_only:
+        ttt_layers(settings)
     settings = override_config(settings, overrides or {})
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, config=settings, dtype=DTYPES[dtype], **common)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"model {name!r} could not be loaded: {error}") from error
-    return model.to(device or "cpu").eval()
+    placed = {} if device_map is None else {"device_map": device_map}
+    model = _load_weights(name, config=settings, dtype=DTYPES[dtype], **common, **placed)
+    return (model if device_map is not None else model.to(device or "cpu")).eval()
 
 
 def load_tokenizer(
@@ -57,11 +82,66 @@ def load_tokenizer(
 ) -> Any:
     """Load the tokenizer in a folder or on the Hub; ValueError when there is none."""
     name = os.fspath(name_or_path)
+    _check_revision(name, revision)
+    if is_jax_checkpoint(name):
+        raise ValueError(f"JAX checkpoint {name!r} comes without a tokenizer: name the one that it was trained with")
     _check_folder("tokenizer", name, "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
+
+
+def is_jax_checkpoint(name: str | os.PathLike) -> bool:
+    """Whether a path is a checkpoint of the official JAX code: one of its files, or a folder with them."""
+    path = Path(name)
+    if path.is_file():
+        return find_source(path).is_jax
+    if not path.is_dir() or (path / "config.json").exists():
+        return False
+    return any(True for pattern in _JAX_NAMES for _ in path.glob(pattern))
+
+
+def convert_to_cache(
+    source: str | os.PathLike,
+    *,
+    config: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Path:
+    """Convert a JAX checkpoint, unless that was done before and it has not changed since, and give the folder.
+
+    Processes that ask at the same time wait for the first one. ValueError when it cannot be converted or the cache
+    cannot be written to.
+    """
+    root = Path(cache_dir or Path(constants.HF_HOME) / "modeling_ttt")
+    files = find_source(source)
+    states = [_file_state(file) for file in (files.weights, files.config) if file is not None]
+    given = None if config is None else os.fspath(config)
+    if given is not None and Path(given).is_file():
+        given = hashlib.sha256(Path(given).read_bytes()).hexdigest()
+    key = hashlib.sha256(json.dumps([_CONVERSION, states, given]).encode()).hexdigest()[:24]
+    folder = root / f"{files.weights.resolve().parent.name}-{key}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{folder.name}.lock"):
+            if not folder.is_dir():
+                convert_checkpoint(files.weights, folder, config=config)
+    except OSError as error:
+        raise ValueError(f"{str(source)!r} could not be converted into cache_dir {str(root)!r}: {error}") from error
+    return folder
+
+
+def local_copy(name_or_path: str | os.PathLike, *, revision: str | None = None) -> Path:
+    """Give a local path as it is, or the files of a Hub repository; ValueError when there is neither."""
+    name = os.fspath(name_or_path)
+    _check_revision(name, revision)
+    if Path(name).exists():
+        return Path(name)
+    _check_folder("checkpoint", name)
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(f"checkpoint {name!r} is no path here and could not be fetched: {error}") from error
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -96,6 +176,29 @@ def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
         return type(config).from_dict({**known, **overrides})
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"configuration overrides {dict(overrides)} are refused: {error}") from error
+
+
+def _load_weights(name: str, **settings: Any) -> Any:
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"model {name!r} could not be loaded: {error}") from error
+    wrong = {what: sorted(map(str, found[what])) for what in _LOADING_PROBLEMS if found.get(what)}
+    if wrong:
+        told = "; ".join(f"{what.replace('_', ' ')}: {', '.join(names)}" for what, names in wrong.items())
+        raise ValueError(f"model {name!r} could not be loaded: its weights do not fit the configuration: {told}")
+    return model
+
+
+def _file_state(file: Path) -> list[Any]:
+    """What changes with the file: where it is, and what the system notes whenever it is written to or replaced."""
+    state = file.stat()
+    return [str(file.resolve()), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def _check_revision(name: str, revision: str | None) -> None:
+    if revision is not None and Path(name).exists():
+        raise ValueError(f"revision is for names on the Hub, got {revision!r} for the path {name!r}")
 
 
 def _check_device(device: str | torch.device) -> None:

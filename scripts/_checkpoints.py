@@ -13,11 +13,19 @@ PREFIX = "checkpoint-"
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, *, keep: int = 2
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    *,
+    keep: int = 2,
+    keep_every: int | None = None,
 ) -> Path:
     """Write `checkpoint-<step>` into `folder`: model, optimiser, random state, and `state` as json.
 
-    The `keep` newest checkpoints stay. A reader never sees a half-written one.
+    The `keep` newest checkpoints stay, and those whose step is a multiple of `keep_every`. A reader never sees a
+    half-written one.
     """
     path, beside = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}.part"
     shutil.rmtree(beside, ignore_errors=True)
@@ -36,14 +44,15 @@ def save_checkpoint(
         shutil.rmtree(path)
     os.replace(beside, path)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if keep_every is None or _step(old) % keep_every:
+            shutil.rmtree(old)
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]))
+    return sorted(found, key=_step)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -62,6 +71,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     _load_moments(path, model, optimizer)
     torch.set_rng_state(load_file(path / "random.safetensors")["torch"])
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def _step(path: Path) -> int:
+    return int(path.name[len(PREFIX) :])
 
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")

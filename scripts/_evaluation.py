@@ -5,13 +5,24 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from _mix import KEY_DIGITS, NeedleWords
-from _training import token_losses
+from _step import token_losses
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 
+def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokens of a tokenizer are strings of bytes, written one character per byte."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and "ByteLevel" in str(backend.decoder)
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Bytes of text each token of a byte-level tokenizer stands for: int64 [V], 0 for special tokens."""
+    """Bytes of text each token of a byte-level tokenizer stands for: int64 [V], 0 for special tokens.
+
+    Raises ValueError for another kind of tokenizer.
+    """
+    if not is_byte_level(tokenizer):
+        raise ValueError(f"tokenizer must be a byte-level one to count bytes, got a {type(tokenizer).__name__}")
     sizes = np.asarray([len(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
     sizes[tokenizer.all_special_ids] = 0
     return sizes
@@ -138,25 +149,25 @@ class Validation:
     """Measures a model on held-out ids: nats per token and per byte, and needles of 1, 4 and 8 digits answered.
 
     Windows have `length` tokens, fewer where the text is shorter; 16 needle documents per number of digits have a
-    quarter of that between definition and query.
+    quarter of that between definition and query. Bytes are counted for byte-level tokenizers only, and needles asked
+    only if `needles`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, held_out: np.ndarray, length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, held_out: np.ndarray, length: int, *, needles: bool = True):
         self.held_out, self.length, self.bos = held_out, min(length, len(held_out)), tokenizer.bos_token_id
-        self.sizes = token_bytes(tokenizer)
+        self.sizes = token_bytes(tokenizer) if is_byte_level(tokenizer) else None
         self.needles = {
             digits: needle_windows(
                 tokenizer, held_out, value_digits=digits, distance=self.length // 4, count=16, seed=0
             )
-            for digits in (1, 4, 8)
+            for digits in ((1, 4, 8) if needles else ())
         }
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         losses, tokens = window_losses(model, self.held_out, bos=self.bos, length=self.length)
-        row = {
-            "validation_loss": float(losses.mean()),
-            "validation_nats_per_byte": nats_per_byte(losses, tokens, self.sizes),
-        }
+        row = {"validation_loss": float(losses.mean())}
+        if self.sizes is not None:
+            row["validation_nats_per_byte"] = nats_per_byte(losses, tokens, self.sizes)
         for digits, windows in self.needles.items():
             found = needle_accuracy(model, windows, digits)
             row |= {f"needle_{digits}_{name}": value for name, value in found.items()}

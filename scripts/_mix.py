@@ -12,6 +12,8 @@ KEY_DIGITS = 8
 MAX_VALUE_DIGITS = 8
 FREE_KEY_DIGITS = 3
 
+Stages = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class MixSettings:
@@ -102,9 +104,9 @@ class WindowMix:
     """Windows of token ids with a loss weight per token.
 
     `stream` is int [N], documents joined as bos .. eos. A window is a function of the settings, its length, its
-    number in the stage and the number of windows before the stage; the last moves the curriculum only. Book windows
-    walk through the stream in a shuffled order, an epoch at a time, with a new offset per epoch. Raises ValueError
-    when the stream is shorter than a window.
+    number in the stage and the stages before, `(length, windows)` each: all of them move the curriculum, and those
+    of the same length are gone on from. Book windows walk through the stream in a shuffled order, an epoch at a
+    time, with a new offset per epoch. Raises ValueError when the stream is shorter than a window.
     """
 
     def __init__(self, stream: np.ndarray, tokenizer: PreTrainedTokenizerBase, settings: MixSettings):
@@ -116,29 +118,43 @@ class WindowMix:
         self.vocab_size = len(tokenizer)
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
-    def batch(self, first: int, rows: int, length: int, *, before: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Windows `first .. first + rows - 1` of a stage: ids int64 and weights float32, both [rows, length].
-
-        `before` is the number of windows of earlier stages; it moves the curriculum only.
-        """
+    def batch(self, first: int, rows: int, length: int, earlier: Stages = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Windows `first .. first + rows - 1` of a stage: ids int64 and weights float32, both [rows, length]."""
         if length + 1 > len(self.stream):
             raise ValueError(f"length must be below the {len(self.stream)} tokens of the data, got {length}")
-        windows = [self.window(first + row, length, before=before) for row in range(rows)]
+        windows = [self.window(first + row, length, earlier) for row in range(rows)]
         return np.stack([ids for ids, _ in windows]), np.stack([weights for _, weights in windows])
 
-    def window(self, index: int, length: int, *, before: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def window(self, index: int, length: int, earlier: Stages = ()) -> tuple[np.ndarray, np.ndarray]:
         """One window: ids int64 [length] that begin with bos, and loss weights float32 [length]."""
-        share = self.settings.needle_fraction
-        mixed = index - max(0, self.settings.recall_windows - before)
-        if mixed >= 0:
-            needles = int(np.floor(mixed * share))
-            if int(np.floor((mixed + 1) * share)) == needles:
-                return self._book_window(mixed - needles, length)
-        rng = np.random.default_rng([self.settings.seed, 2, length, index])
-        if mixed < 0:
+        share, recall = self.settings.needle_fraction, self.settings.recall_windows
+        before = sum(windows for _, windows in earlier)
+        alike, alike_mixed = self._of_length(length, earlier)
+        rng = np.random.default_rng([self.settings.seed, 2, length, alike + index])
+        if before + index < recall:
             return self._copy_window(rng, length)
-        progress = (before + index - self.settings.recall_windows) / self.settings.curriculum_windows
-        return self._needle_window(rng, length, progress)
+        mixed = alike_mixed + index - max(0, recall - before)
+        needles = int(np.floor(mixed * share))
+        if int(np.floor((mixed + 1) * share)) == needles:
+            return self._book_window(mixed - needles, length)
+        return self._needle_window(rng, length, (before + index - recall) / self.settings.curriculum_windows)
+
+    def state_dict(self) -> dict:
+        """Nothing: what a window holds follows from its number."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to do."""
+
+    def _of_length(self, length: int, earlier: Stages) -> tuple[int, int]:
+        """How many windows the stages of a length hold, and how many of them hold more than repeated digits."""
+        before = alike = mixed = 0
+        for other, windows in earlier:
+            if other == length:
+                alike += windows
+                mixed += max(0, windows - max(0, self.settings.recall_windows - before))
+            before += windows
+        return alike, mixed
 
     def _book_window(self, index: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         body = length - 1

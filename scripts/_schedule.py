@@ -16,12 +16,21 @@ class Stage:
     steps: int
 
     @classmethod
-    def parse(cls, text: str) -> "Stage":
-        """Read `LENGTHxROWS:STEPS`, e.g. `512x8:2000`."""
-        match = re.fullmatch(r"(\d+)x(\d+):(\d+)", text)
-        if not match or not all(int(part) > 0 for part in match.groups()) or int(match[1]) < 2:
+    def parse(cls, text: str, tokens_per_step: int | None = None) -> "Stage":
+        """Read `LENGTHxROWS:STEPS`, e.g. `512x8:2000`, or `LENGTH:STEPS` with the rows of `tokens_per_step`."""
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?:(\d+)", text)
+        if not match or not all(int(part) > 0 for part in match.groups("1")) or int(match[1]) < 2:
             raise ValueError(f"stages must look like LENGTHxROWS:STEPS with positive numbers, got {text!r}")
-        return cls(*(int(part) for part in match.groups()))
+        length, rows, steps = int(match[1]), match[2], int(match[3])
+        if rows is None:
+            if tokens_per_step is None:
+                raise ValueError(f"stages must name their rows where tokens_per_step is not given, got {text!r}")
+            if tokens_per_step < 1 or tokens_per_step % length:
+                raise ValueError(
+                    f"tokens_per_step must be a multiple of the length in {text!r}, got {tokens_per_step}"
+                )
+            rows = tokens_per_step // length
+        return cls(length, int(rows), steps)
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,16 @@ class Plan:
             return self.lr
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done / decay)))
 
-    def place(self, step: int) -> tuple[Stage, int, int]:
-        """The stage of a step, the number of its first window within the stage, and the windows of earlier stages."""
+    def place(self, step: int) -> tuple[Stage, int, tuple[tuple[int, int], ...]]:
+        """The stage of a step, the number of its first window within the stage, and `(length, windows)` of each
+        stage before it."""
         if not 0 <= step < self.total_steps:
             raise ValueError(f"step must lie between 0 and {self.total_steps - 1}, got {step}")
         ends = list(accumulate(stage.steps for stage in self.stages))
         number = bisect_right(ends, step)
         stage = self.stages[number]
-        before = sum(earlier.steps * earlier.rows for earlier in self.stages[:number])
-        return stage, (step - (ends[number] - stage.steps)) * stage.rows, before
+        earlier = tuple((stage.length, stage.steps * stage.rows) for stage in self.stages[:number])
+        return stage, (step - (ends[number] - stage.steps)) * stage.rows, earlier
 
     def tokens_before(self, step: int) -> int:
         """Tokens read by the steps before `step`."""
@@ -84,6 +94,21 @@ class Plan:
             total += taken * stage.rows * stage.length
             step -= taken
         return total
+
+    def to_json(self) -> dict:
+        """The plan as plain values; `from_json` reads it back."""
+        return {
+            "stages": [f"{stage.length}x{stage.rows}:{stage.steps}" for stage in self.stages],
+            "lr": self.lr,
+            "min_lr": self.min_lr,
+            "warmup_steps": self.warmup_steps,
+            "decay_steps": self.decay_steps,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Plan":
+        """Inverse of `to_json`."""
+        return cls(**{**values, "stages": tuple(Stage.parse(stage) for stage in values["stages"])})
 
     def same_past(self, other: "Plan", steps: int) -> bool:
         """Whether both plans prescribe the same first `steps` steps."""

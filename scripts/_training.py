@@ -5,19 +5,34 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
+import numpy as np
 import torch
 from _checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from _mix import WindowMix
 from _schedule import Plan, Stage
+from _step import Reader, StepOptions
 from accelerate import Accelerator
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
+
+
+class Windows(Protocol):
+    """Where the windows of a training come from: `WindowMix` or `DocumentStream`."""
+
+    def batch(
+        self, first: int, rows: int, length: int, earlier: tuple[tuple[int, int], ...] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 and loss weights float32, both [rows, length], of windows `first ..` of a stage."""
+
+    def state_dict(self) -> dict:
+        """Where the source stands, as plain values."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go to where `state_dict` was called."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +48,13 @@ class LoopSettings:
     log_every: int = 10
     eval_every: int = 250
     save_minutes: float = 5.0
+    keep_every: int | None = None
     max_minutes: float | None = None
+    reading: StepOptions = field(default_factory=StepOptions)
 
     def __post_init__(self) -> None:
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"keep_every must be at least 1, got {self.keep_every}")
         for name in ("log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -43,7 +62,7 @@ class LoopSettings:
 
 def train(
     model: nn.Module,
-    mix: WindowMix,
+    windows: Windows,
     plan: Plan,
     settings: LoopSettings,
     accelerator: Accelerator,
@@ -64,7 +83,7 @@ def train(
         weight_decay=settings.weight_decay,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    run = _Run(model, optimizer, mix, plan, settings, accelerator)
+    run = _Run(model, optimizer, windows, plan, settings, accelerator)
     step = run.resume()
     started = saved = time.monotonic()
     bar = tqdm(total=plan.total_steps, initial=step, disable=not accelerator.is_main_process, mininterval=5.0)
@@ -80,7 +99,8 @@ def train(
             bar.update()
             now = time.monotonic()
             out_of_time = settings.max_minutes is not None and now - started > settings.max_minutes * 60
-            wishes = (stop.asked or out_of_time, now - saved > settings.save_minutes * 60)
+            milestone = settings.keep_every is not None and step % settings.keep_every == 0
+            wishes = (stop.asked or out_of_time, milestone or now - saved > settings.save_minutes * 60)
             stopping, saving = run.agree(*wishes)
             if stopping or saving or step == plan.total_steps:
                 run.save(step)
@@ -97,15 +117,14 @@ class _Run:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        mix: WindowMix,
+        windows: Windows,
         plan: Plan,
         settings: LoopSettings,
         accelerator: Accelerator,
     ):
-        self.model, self.optimizer, self.mix = model, optimizer, mix
+        self.model, self.optimizer, self.windows = model, optimizer, windows
         self.plan, self.settings, self.accelerator = plan, settings, accelerator
-        inner = accelerator.unwrap_model(model)
-        self.has_plasticity = "output_plasticity" in signature(inner.forward).parameters
+        self.reader = Reader(model, settings.reading, accelerator)
         self.metrics = settings.folder / "metrics.jsonl"
 
     def resume(self) -> int:
@@ -117,12 +136,13 @@ class _Run:
             return 0
         inner = self.accelerator.unwrap_model(self.model)
         state = load_checkpoint(found[-1], inner, _plain(self.optimizer))
-        past = plan_from_json(state["plan"])
+        past = Plan.from_json(state["plan"])
         if state["identity"] != self.settings.identity or not self.plan.same_past(past, state["step"]):
             raise ValueError(
                 f"output_dir {str(self.settings.folder)!r} holds another training (its data, model, seed or the "
                 f"schedule of its first {state['step']} steps differ); name another folder or its own arguments"
             )
+        self.windows.load_state_dict(state.get("windows", {}))
         if self.accelerator.is_main_process:
             rows = [row for row in read_metrics(self.metrics) if row["step"] <= state["step"]]
             beside = self.metrics.with_suffix(".part")
@@ -133,37 +153,36 @@ class _Run:
 
     def step(self, step: int) -> dict:
         begun = time.monotonic()
-        stage, first, before = self.plan.place(step)
+        stage, first, earlier = self.plan.place(step)
         rate = self.plan.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        ids, weights = (
-            torch.from_numpy(part) for part in self.mix.batch(first, stage.rows, stage.length, before=before)
-        )
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if stage.rows % world:
-            raise ValueError(f"stages must have rows that {world} processes can share, got {stage.rows}")
-        total = weights[:, 1:].sum()
-        device = self.accelerator.device
-        ids, weights = ids[rank::world].to(device), weights[rank::world].to(device)
+        ids, weights, total = self._rows_of_step(stage, first, earlier)
         measured = (step + 1) % self.settings.log_every == 0
         self.model.train()
-        extra = {"output_plasticity": measured} if self.has_plasticity else {}
-        outputs = self.model(input_ids=ids, use_cache=False, **extra)
-        losses = token_losses(outputs.logits, ids)
-        loss = (losses * weights[:, 1:]).sum() / total.to(device) * world
-        self.accelerator.backward(loss)
+        losses, plasticity = self.reader.gradients(ids, weights, total, step, measured=measured)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         row = {"step": step + 1, "tokens": self.plan.tokens_before(step + 1), "length": stage.length, "lr": rate}
         if measured or (step + 1) % self.settings.eval_every == 0 or step + 1 == self.plan.total_steps:
-            row |= self._losses(losses.detach(), weights[:, 1:])
-            row["grad_norm"] = float(norm)
-            plasticity = getattr(outputs, "plasticity", None) if measured else None
-            row["plasticity"] = mean_plasticity(plasticity) if plasticity else None
+            row |= self._losses(losses, weights[:, 1:])
+            row |= {"grad_norm": float(norm), "plasticity": plasticity}
             row["tokens_per_second"] = stage.rows * stage.length / (time.monotonic() - begun)
         return row
+
+    def _rows_of_step(self, stage: Stage, first: int, earlier: tuple) -> tuple[torch.Tensor, ...]:
+        """Ids and loss weights of this process, and the weight of all processes together."""
+        processes = self.accelerator.num_processes
+        if stage.rows % processes:
+            raise ValueError(f"stages must have rows that {processes} processes can share, got {stage.rows}")
+        parts = self.windows.batch(first, stage.rows, stage.length, earlier)
+        ids, weights = (torch.from_numpy(part) for part in parts)
+        if self.settings.reading.document_start is not None:
+            weights = weights.masked_fill(ids == self.settings.reading.document_start, 0.0)
+        own = slice(self.accelerator.process_index, None, processes)
+        device = self.accelerator.device
+        return ids[own].to(device), weights[own].to(device), weights[:, 1:].sum().to(device)
 
     def _losses(self, losses: torch.Tensor, weights: torch.Tensor) -> dict[str, float | None]:
         """Mean loss over ordinary tokens and over needle answers, all processes together, in nats per token."""
@@ -193,42 +212,21 @@ class _Run:
         if self.accelerator.is_main_process:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        numbers = {name: value for name, value in row.items() if value is not None}
+        self.accelerator.log(numbers, step=row["step"])
 
     def save(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            state = {"identity": self.settings.identity, "plan": plan_to_json(self.plan)}
+            state = {
+                "identity": self.settings.identity,
+                "plan": self.plan.to_json(),
+                "windows": self.windows.state_dict(),
+                "processes": self.accelerator.num_processes,
+            }
             inner = self.accelerator.unwrap_model(self.model)
-            save_checkpoint(self.settings.folder, step, inner, _plain(self.optimizer), state)
+            every = self.settings.keep_every
+            save_checkpoint(self.settings.folder, step, inner, _plain(self.optimizer), state, keep_every=every)
         self.accelerator.wait_for_everyone()
-
-
-def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Surprisal in nats of tokens 1.. given the ones before: logits [B, T, V], ids [B, T] -> float32 [B, T-1]."""
-    # All positions, the last one with a target nobody reads: a slice of the logits would have to be copied.
-    targets = ids.roll(-1, dims=1)
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view_as(ids)[:, :-1]
-
-
-def mean_plasticity(plasticity: tuple[torch.Tensor, ...]) -> float:
-    """Mean over layers and tokens of the write's norm, heads combined as the root of the sum of squares."""
-    return float(torch.stack([layer.detach().square().sum(1).sqrt().mean() for layer in plasticity]).mean())
-
-
-def plan_to_json(plan: Plan) -> dict:
-    """The plan as plain values; `plan_from_json` reads it back."""
-    return {
-        "stages": [f"{stage.length}x{stage.rows}:{stage.steps}" for stage in plan.stages],
-        "lr": plan.lr,
-        "min_lr": plan.min_lr,
-        "warmup_steps": plan.warmup_steps,
-        "decay_steps": plan.decay_steps,
-    }
-
-
-def plan_from_json(values: dict) -> Plan:
-    """Inverse of `plan_to_json`."""
-    return Plan(**{**values, "stages": tuple(Stage.parse(stage) for stage in values["stages"])})
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -248,8 +246,8 @@ def _summary(row: dict) -> str:
             parts.append(f"{label} {row[name]:.3f}")
     if row.get("tokens_per_second"):
         parts.append(f"{row['tokens_per_second']:.0f} tok/s")
-    if "validation_nats_per_byte" in row:
-        parts.append(f"validation {row['validation_nats_per_byte']:.4f} nats/byte")
+    if "validation_loss" in row:
+        parts.append(f"validation {row['validation_loss']:.4f}")
     return ", ".join(parts)
 
 

@@ -116,6 +116,24 @@ def test_an_epoch_reads_no_passage_twice(tokenizer):
     assert len(np.unique(ids[:, 1:])) == ids[:, 1:].size
 
 
+def test_a_stage_goes_on_where_an_earlier_one_of_its_length_ended(tokenizer):
+    """Stages of 32, 64, 32 and 32 tokens read, in those of 32, the windows that one long stage of 32 reads."""
+    from _mix import MixSettings, WindowMix
+
+    mix = WindowMix(stream_of(tokenizer), tokenizer, MixSettings(needle_fraction=0.25, recall_windows=5))
+    earlier = ((32, 8), (64, 4), (32, 6))
+    parts = [*mix.batch(0, 8, 32)[0], *mix.batch(0, 6, 32, earlier[:2])[0], *mix.batch(0, 10, 32, earlier)[0]]
+    books = [row for row in parts if not set(row[1:].tolist()) <= set(mix.words.digits)]
+    assert len({row.tobytes() for row in parts}) == len(parts) == 24
+    assert len(books) > 12
+    # Only the curriculum, which counts the windows of all lengths, sees the other stage.
+    easy = WindowMix(
+        mix.stream, tokenizer, MixSettings(needle_fraction=0.25, recall_windows=5, curriculum_windows=10**9)
+    )
+    parts = [*easy.batch(0, 8, 32)[0], *easy.batch(0, 6, 32, earlier[:2])[0], *easy.batch(0, 10, 32, earlier)[0]]
+    np.testing.assert_array_equal(parts, easy.batch(0, 24, 32)[0])
+
+
 def test_needle_windows_take_their_share_and_weigh_answers(tokenizer):
     from _mix import MixSettings, WindowMix
 
@@ -138,7 +156,7 @@ def test_the_first_windows_are_all_copies_and_move_no_book_window(tokenizer):
     # Four of them are left when the next stage begins; behind them the books come in their usual order.
     for number in range(8):
         if number % 4 != 3:
-            np.testing.assert_array_equal(late.window(4 + number, 64, before=6)[0], plain.window(number, 64)[0])
+            np.testing.assert_array_equal(late.window(4 + number, 64, ((150, 6),))[0], plain.window(number, 64)[0])
 
 
 def test_answers_repeat_the_value_defined_for_their_key(tokenizer):
@@ -176,7 +194,7 @@ def test_the_curriculum_goes_from_one_digit_to_the_full_task(tokenizer):
     assert (easy.copying, hard.copying) == (0.75, 0.0)
 
     def longest(before):
-        ids, _ = mix.batch(0, 20, 200, before=before)
+        ids, _ = mix.batch(0, 20, 200, ((64, before),))
         text = " ".join(tokenizer.batch_decode(ids))
         return max(len(value) for value in re.findall(r"Value=([0-9a-f]*)\.", text))
 
@@ -210,7 +228,7 @@ def test_the_schedule_warms_up_decays_and_can_grow_before_the_decay():
     long = Plan((Stage(16, 4, 10), Stage(32, 2, 8)), lr=1.0, min_lr=0.0, warmup_steps=2, decay_steps=4)
     assert long.same_past(short, 10)
     assert not long.same_past(short, 11)
-    assert long.place(11) == (Stage(32, 2, 8), 2, 40)
+    assert long.place(11) == (Stage(32, 2, 8), 2, ((16, 40),))
     assert long.tokens_before(11) == 10 * 64 + 64
 
 
@@ -328,17 +346,16 @@ def test_two_processes_train_as_one(train, workplace, tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused_or_warned_of(tokenizer, caplog):
+def test_a_tokenizer_that_does_not_fit_is_refused_or_warned_of(train, tmp_path, tokenizer, caplog):
     from train import check_tokenizer
 
-    with pytest.raises(
-        ValueError, match=rf"vocab_size must be at least the {len(tokenizer)} of the tokenizer, got 200"
-    ):
-        check_tokenizer(tokenizer, 200)
-    check_tokenizer(tokenizer, len(tokenizer))
-    assert not caplog.text
-    check_tokenizer(tokenizer, 4096)
-    assert "vocab_size is 4096" in caplog.text
+    with pytest.raises(ValueError, match=r"vocab_size must be at least the 300 of the tokenizer, got 200"):
+        train(tmp_path / "run", "--overrides", '{"vocab_size": 200}')
+    train(tmp_path / "run", "--stages", "16x1:2")
+    assert "vocab_size" not in caplog.text
+    train(tmp_path / "larger", "--stages", "16x1:2", "--overrides", '{"vocab_size": 301}')
+    assert "vocab_size is 301" in caplog.text
+    check_tokenizer(tokenizer)
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
     with pytest.raises(ValueError, match="tokenizer must have a bos_token_id"):
-        check_tokenizer(without, 4096)
+        check_tokenizer(without)
