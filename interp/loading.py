@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -28,6 +28,32 @@ _JAX_NAMES = ("streaming_params*", "streaming_train_state*", "flax_params*", "st
 # Part of the name of a converted folder: raised when a conversion comes to give something else.
 _CONVERSION = 1
 _LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+class Loaded(NamedTuple):
+    """A causal language model in evaluation mode and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load(
+    name_or_path: str | os.PathLike,
+    *,
+    tokenizer: str | os.PathLike | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Loaded:
+    """Load a model and its tokenizer, as `load_model` (which takes `options`) and `load_tokenizer` do.
+
+    `tokenizer` names another folder or Hub id for the tokenizer; JAX checkpoints, which come without one, need it.
+    """
+    of_model = {"revision": revision, "trust_remote_code": trust_remote_code}
+    of_tokenizer = of_model if tokenizer is None else {"trust_remote_code": trust_remote_code}
+    # First, since it is quick to fail.
+    found = load_tokenizer(name_or_path if tokenizer is None else tokenizer, **of_tokenizer)
+    return Loaded(load_model(name_or_path, **of_model, **options), found)
 
 
 def load_model(
@@ -180,7 +206,10 @@ def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
 
 def _load_weights(name: str, **settings: Any) -> Any:
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
+        # Other shapes are reported below, by name.
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {name!r} could not be loaded: {error}") from error
     wrong = {what: sorted(map(str, found[what])) for what in _LOADING_PROBLEMS if found.get(what)}

@@ -107,21 +107,55 @@ def needle_windows(
     distance: int,
     count: int,
     seed: int,
+    before: int = 0,
 ) -> np.ndarray:
-    """`count` documents `Define Key=.. Value=... ` filler ` Query Key=.. Value=..` as ids int64 [count, T].
+    """`count` documents text ` Define Key=.. Value=..` text ` Query Key=.. Value=..` as ids int64 [count, T].
 
-    `distance` tokens of text from `stream` stand between the definition and the query; the last `value_digits`
-    tokens are the answer.
+    `before` tokens of a passage of `stream` stand in front of the definition and `distance` between it and the
+    query; the last `value_digits` tokens are the answer. Raises ValueError where `stream` is shorter than that.
     """
+    if before + distance >= len(stream):
+        raise ValueError(f"distance must be below the {len(stream) - before} tokens at hand, got {distance}")
     words, rng = NeedleWords.of(tokenizer), np.random.default_rng([seed, value_digits, distance])
     documents = []
     for _ in range(count):
         key, value = rng.integers(0, 16, KEY_DIGITS), rng.integers(0, 16, value_digits)
-        start = int(rng.integers(0, len(stream) - distance))
-        filler = stream[start : start + distance].astype(np.int64).tolist()
-        document = [tokenizer.bos_token_id, *words.define_ids(key, value), *filler, *words.query_ids(key)]
-        documents.append([*document, *words.spell(value)])
+        start = int(rng.integers(0, len(stream) - before - distance))
+        text = stream[start : start + before + distance].astype(np.int64).tolist()
+        document = [tokenizer.bos_token_id, *text[:before], *words.define_ids(key, value), *text[before:]]
+        documents.append([*document, *words.query_ids(key), *words.spell(value)])
     return np.asarray(documents, np.int64)
+
+
+def depth_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    stream: np.ndarray,
+    *,
+    value_digits: int,
+    length: int,
+    depth: float,
+    count: int,
+    seed: int,
+) -> np.ndarray:
+    """Needle documents of `length` tokens whose definition stands behind the share `depth` of their text.
+
+    Returns ids int64 [count, length]. Raises ValueError when `depth` is no share or `length` leaves no text.
+    """
+    if not 0.0 <= depth <= 1.0:
+        raise ValueError(f"depth must lie between 0 and 1, got {depth}")
+    bare = needle_windows(tokenizer, stream, value_digits=value_digits, distance=0, count=1, seed=seed).shape[1]
+    if length <= bare:
+        raise ValueError(f"length must be above the {bare} tokens of the needle itself, got {length}")
+    before = round(depth * (length - bare))
+    return needle_windows(
+        tokenizer,
+        stream,
+        value_digits=value_digits,
+        distance=length - bare - before,
+        count=count,
+        seed=seed,
+        before=before,
+    )
 
 
 @torch.no_grad()

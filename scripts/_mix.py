@@ -1,10 +1,14 @@
 """Training windows: passages of books and needle documents, as a function of the seed and a window's number."""
 
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 HEX_DIGITS = "0123456789abcdef"
@@ -240,3 +244,25 @@ def token_stream(texts: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> n
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         parts.append(np.asarray([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], dtype))
     return np.concatenate(parts)
+
+
+def cached_token_stream(texts: dict[str, str], tokenizer: PreTrainedTokenizerBase, folder: Path) -> np.ndarray:
+    """`token_stream`, kept in `folder` under a name that changes with the texts and the tokenizer.
+
+    A tokenizer without a fast backend cannot be told from another and is asked each time.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return token_stream(texts, tokenizer)
+    digest = hashlib.sha256(backend.to_str().encode())
+    for text in [tokenizer.bos_token, tokenizer.eos_token, *texts.values()]:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    path = folder / f"tokens-{digest.hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        return load_file(path)["ids"]
+    ids = token_stream(texts, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    save_file({"ids": ids}, beside)
+    os.replace(beside, path)
+    return ids

@@ -86,7 +86,13 @@ def train(
     run = _Run(model, optimizer, windows, plan, settings, accelerator)
     step = run.resume()
     started = saved = time.monotonic()
-    bar = tqdm(total=plan.total_steps, initial=step, disable=not accelerator.is_main_process, mininterval=5.0)
+    bar = tqdm(
+        total=plan.total_steps,
+        initial=step,
+        disable=not accelerator.is_main_process,
+        mininterval=5.0,
+        desc=f"training in {accelerator.num_processes} process(es)",
+    )
     with _StopSignals() as stop, bar:
         while step < plan.total_steps:
             row = run.step(step)

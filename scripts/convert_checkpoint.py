@@ -1,6 +1,6 @@
 """Converts official TTT checkpoints (JAX or PyTorch) into a folder for Transformers, or one of ours to the JAX format.
 
-python scripts/convert_checkpoint.py --source experiments/run/step_4800 --output converted --tokenizer meta-llama/Llama-2-7b-hf
+python scripts/convert_checkpoint.py --source experiments/run/step_4800 --output converted --tokenizer <name>
 python scripts/convert_checkpoint.py --source converted --output back --to jax
 """
 

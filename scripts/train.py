@@ -5,9 +5,7 @@ python scripts/train.py --config scripts/configs/ttt-linear-tiny.json --tokenize
 python scripts/train.py --preset 125m --tokenizer <Hub id> --train_data <Hub id> --streaming --reset_documents \\
     --validation_data <folder> --output_dir <folder> --mixed_precision bf16 --gradient_checkpointing --micro_rows 8
 
-Several processes share the rows of every step: `accelerate launch --multi_gpu scripts/train.py ...` on GPUs. On CPUs
-`accelerate launch --cpu --num_processes 2` starts one process only, this starts two:
-`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 scripts/train.py ...`
+Several processes share the rows of every step; the bar says how many there are. docs/training.md names the launchers.
 """
 
 import hashlib
@@ -22,7 +20,7 @@ from typing import Literal
 import torch
 from _documents import DocumentStream, open_stream
 from _evaluation import Validation
-from _mix import MixSettings, WindowMix, token_stream
+from _mix import MixSettings, WindowMix, cached_token_stream
 from _recipes import PLAIN, RECIPES
 from _release import export, write_curve
 from _schedule import Plan, Stage
@@ -47,7 +45,9 @@ class TrainArguments:
     tokenizer: str = option(help="folder or Hub id of the tokenizer")
     train_data: str = option(help="text file, or folder of *.txt files, each one document; see also --streaming")
     validation_data: str = option(help="text file or folder of *.txt files for validation")
-    output_dir: str = option(help="folder for checkpoints, metrics.jsonl, curve.csv and curve.png")
+    output_dir: str = option(
+        help="folder for checkpoints, metrics.jsonl, curve.csv, curve.png and the tokens of the data"
+    )
     config: str | None = option(None, "config.json with a model_type, or the folder of one; or name a --preset")
     preset: Literal[tuple(RECIPES)] | None = option(
         None, "official size with its recipe, which other options override"
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_tokenizer(tokenizer)
     model = new_model(arguments, len(tokenizer))
     windows, data_identity = data_of(arguments, tokenizer)
-    held_out = token_stream(read_texts(arguments.validation_data), tokenizer)
+    held_out = cached_token_stream(read_texts(arguments.validation_data), tokenizer, Path(arguments.output_dir))
     eval_length = arguments.eval_length or plan.stages[-1].length
     validate = Validation(tokenizer, held_out[: arguments.eval_tokens], eval_length, needles=not arguments.streaming)
     settings = settings_of(arguments, model, tokenizer, data_identity)
@@ -199,7 +199,8 @@ def data_of(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> tu
         recall_windows=arguments.recall_windows,
         curriculum_windows=arguments.curriculum_windows,
     )
-    mix = WindowMix(token_stream(read_texts(arguments.train_data), tokenizer), tokenizer, settings)
+    ids = cached_token_stream(read_texts(arguments.train_data), tokenizer, Path(arguments.output_dir))
+    mix = WindowMix(ids, tokenizer, settings)
     return mix, {"data_sha256": hashlib.sha256(mix.stream.tobytes()).hexdigest(), "mix": asdict(settings)}
 
 

@@ -2,15 +2,19 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import interp
 from interp.loading import load_model, load_tokenizer, parse_overrides
 from tests.interp.tiny_corpus import make_model, make_tokenizer
+
+JAX = Path(__file__).parents[1] / "modeling_ttt" / "goldens" / "jax" / "ttt_linear"
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,76 @@ def test_only_loading_imports_the_model_package():
             if any(name.split(".")[0] == "modeling_ttt" for name in names):
                 importing.add(file.name)
     assert importing == {"loading.py"}
+
+
+def test_one_call_gives_model_and_tokenizer(saved):
+    model, tokenizer = interp.load(saved / "ttt", dtype="float64")
+    assert model.dtype == torch.float64
+    assert model(**tokenizer("the", return_tensors="pt")).plasticity[0].shape[-1] == 2
+    with pytest.raises(AttributeError, match="module 'interp' has no attribute 'lod'"):
+        interp.lod  # noqa: B018
+    with pytest.raises(ValueError, match="revision is for names on the Hub, got 'v1' for the path"):
+        interp.load(saved / "ttt", revision="v1")
+    with pytest.raises(ValueError, match="pass device or device_map, got 'cpu' and 'auto'"):
+        interp.load(saved / "ttt", device="cpu", device_map="auto")
+
+
+def test_a_device_map_places_the_model(saved):
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    model = load_model(saved / "ttt", device_map=places)
+    assert model.hf_device_map == places
+    ids = torch.arange(9)[None]
+    assert torch.equal(model(ids).logits, load_model(saved / "ttt")(ids).logits)
+
+
+def test_weights_that_do_not_fit_are_refused(saved, tmp_path):
+    shutil.copytree(saved / "ttt", tmp_path / "ttt")
+    weights = load_file(tmp_path / "ttt" / "model.safetensors")
+    name = "model.layers.0.seq_modeling_block.W1"
+    for broken, message in [
+        ({key: value for key, value in weights.items() if key != name}, f"missing keys: {name}"),
+        ({**weights, "model.extra": torch.ones(1)}, "unexpected keys: model.extra"),
+        ({**weights, name: torch.ones(3)}, "W1"),
+    ]:
+        save_file(broken, tmp_path / "ttt" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(
+            ValueError, match=f"could not be loaded: its weights do not fit the configuration: .*{message}"
+        ):
+            load_model(tmp_path / "ttt")
+    (tmp_path / "ttt" / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_model(tmp_path / "ttt")
+
+
+# -------------------------------------------------------------------- checkpoints of the JAX code
+
+
+def test_a_jax_checkpoint_is_converted_once(saved, tmp_path):
+    source = Path(shutil.copytree(JAX / "params", tmp_path / "run"))
+    cache = tmp_path / "cache"
+    first = load_model(source, cache_dir=cache)
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    again = load_model(source, cache_dir=cache)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    ids = torch.arange(40)[None]
+    assert torch.equal(first(ids).logits, again(ids).logits)
+    with (source / "streaming_params").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\0")
+    load_model(source, cache_dir=cache)
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 2, "a changed checkpoint is converted anew"
+    model, tokenizer = interp.load(source, tokenizer=saved / "ttt", cache_dir=cache)
+    assert model.config.model_type == "ttt" and tokenizer("the")["input_ids"]
+
+
+def test_a_jax_checkpoint_without_what_it_needs_is_refused(tmp_path):
+    source = Path(shutil.copytree(JAX / "params", tmp_path / "run"))
+    with pytest.raises(ValueError, match="comes without a tokenizer: name the one that it was trained with"):
+        interp.load(source, cache_dir=tmp_path / "cache")
+    (source / "metadata.pkl").unlink()
+    with pytest.raises(ValueError, match="there is no metadata.pkl or model_config.json beside it; pass config"):
+        load_model(source, cache_dir=tmp_path / "cache")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match="could not be converted into cache_dir"):
+        load_model(JAX / "trainstate", cache_dir=tmp_path / "file")

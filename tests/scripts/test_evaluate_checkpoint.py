@@ -1,5 +1,6 @@
 """The numbers of a model card: n-gram baselines equal counting by hand, needles are scored as greedy decoding."""
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.scripts.training_case import LLAMA
 
 ROOT = Path(__file__).parents[2]
 TEXT = "It was the best of times, it was the worst of times. " * 40
@@ -102,6 +106,36 @@ def test_needles_are_right_when_the_value_is_copied_and_wrong_when_not(tokenizer
     assert needle_accuracy(Copier(1, len(tokenizer)), windows, 4)["exact"] == 0.0
 
 
+def test_the_depth_of_a_needle_moves_it_through_a_document_of_one_length(tokenizer):
+    from _evaluation import depth_windows, needle_windows
+    from _mix import token_stream
+
+    stream = token_stream({"a": TEXT}, tokenizer)
+    options = {"value_digits": 2, "count": 3, "seed": 0}
+    define = tokenizer.encode(" Define", add_special_tokens=False)
+    places = []
+    for depth in (0.0, 0.5, 1.0):
+        windows = depth_windows(tokenizer, stream, length=120, depth=depth, **options)
+        assert windows.shape == (3, 120)
+        text = tokenizer.decode(windows[0], skip_special_tokens=True)
+        (key, value), asked = (
+            text.split(" Define Key=")[1].split(".")[0].split(" Value="),
+            text.split(" Query Key=")[1],
+        )
+        assert asked == f"{key} Value={value}"
+        row = windows[0].tolist()
+        places.append(next(i for i in range(120) if row[i : i + len(define)] == define))
+    bare = needle_windows(tokenizer, stream, distance=0, **options).shape[1]
+    assert places == [1, 1 + round(0.5 * (120 - bare)), 1 + 120 - bare]
+    for change, message in (
+        ({"depth": 1.5}, "depth must lie between 0 and 1, got 1.5"),
+        ({"length": bare}, f"length must be above the {bare} tokens of the needle itself, got {bare}"),
+        ({"length": 10**6}, "distance must be below the"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            depth_windows(tokenizer, stream, **{"length": 120, "depth": 0.0, **options, **change})
+
+
 def test_the_script_writes_every_number(tokenizer, tmp_path):
     from evaluate_checkpoint import main
 
@@ -117,13 +151,32 @@ def test_the_script_writes_every_number(tokenizer, tmp_path):
         *["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--length", "32"],
         *["--train_data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out" / "evaluation.json")],
         *["--value_digits", "1", "2", "--distances", "8", "--needles", "4"],
+        *["--test_data", str(tmp_path / "text.txt"), "--depth_lengths", "60", "90", "--depths", "0", "0.5"],
+        *["--depth_needles", "2", "--depth_digits", "1"],
     ]
     main(options)
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert set(results["nats_per_byte"]) == {"model", "unigram", "bigram", "trigram"}
     assert [(row["value_digits"], row["distance"]) for row in results["needles"]] == [(1, 8), (2, 8)]
     assert results["loss_by_position"][-1]["to"] == 31
+    assert results["test"]["nats_per_byte"] == results["nats_per_byte"]
+    assert [(row["length"], row["depth"]) for row in results["needles_by_depth"]] == [
+        (60, 0.0),
+        (60, 0.5),
+        (90, 0.0),
+        (90, 0.5),
+    ]
+    with (tmp_path / "out" / "evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["text"] for row in rows} == {"data", "test", ""}
+    assert len([row for row in rows if row["depth"]]) == 8
+    assert (tmp_path / "out" / "evaluation.png").stat().st_size > 1000
     main([*options, "--frozen_layers", "0"])
     frozen = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert frozen["nats_per_byte"]["model"] != results["nats_per_byte"]["model"]
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "model")
+    main(options)
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["parameters"] != results["parameters"]
+    with pytest.raises(ValueError, match="frozen_layers needs a TTT model, got model_type 'llama'"):
+        main([*options, "--frozen_layers", "0"])
     assert frozen["nats_per_byte"]["bigram"] == results["nats_per_byte"]["bigram"]

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -248,11 +249,10 @@ def assert_same_training(one, other):
 
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(train, tmp_path, capsys):
     train(tmp_path / "whole")
-    outputs = []
-    while not outputs or "stopped" in outputs[-1]:
+    for _ in range(5):
         train(tmp_path / "parts", "--max_minutes", 0)
-        outputs.append(capsys.readouterr().out)
-    assert len(outputs) == 8
+    assert capsys.readouterr().out.count("stopped before the end") == 5
+    train(tmp_path / "parts")
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -323,24 +323,55 @@ def test_unknown_options_end_the_script(train, tmp_path, capsys):
     assert "--learning_rate" in capsys.readouterr().err
 
 
+def command(workplace, output, *options):
+    return [
+        *[ROOT / "scripts" / "train.py", "--config", workplace / "config.json", "--tokenizer"],
+        *[workplace / "tokenizer", "--train_data", workplace / "books", "--validation_data", workplace / "held.txt"],
+        *["--output_dir", output, "--stages", "24x4:4", "48x2:4", "--warmup_steps", 2, "--log_every", 2],
+        *["--eval_every", 4, "--eval_tokens", 200, *options],
+    ]
+
+
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one(train, workplace, tmp_path):
+def test_killed_with_signal_9_and_resumed_equals_uninterrupted_bit_for_bit(workplace, tmp_path):
+    def start(output):
+        parts = [sys.executable, *command(workplace, output, "--save_minutes", 0, "--num_threads", 1)]
+        return subprocess.Popen([*map(str, parts)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait(timeout=300) == 0, whole.stderr.read()
+    killed = start(tmp_path / "killed")
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "killed" / "checkpoint-2").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    killed.kill()
+    assert killed.wait(timeout=60) == -9
+    left = {path.name for path in (tmp_path / "killed").glob("checkpoint-*")}
+    assert left and "checkpoint-8" not in left
+    again = start(tmp_path / "killed")
+    assert again.wait(timeout=300) == 0, again.stderr.read()
+    assert_same_training(tmp_path / "whole", tmp_path / "killed")
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", 2],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_as_one(train, workplace, tmp_path, launcher):
     """Each takes every second row; the sums are the same up to their order."""
     train(tmp_path / "one")
-    options = [
-        *["--config", workplace / "config.json", "--tokenizer", workplace / "tokenizer"],
-        *["--train_data", workplace / "books", "--validation_data", workplace / "held.txt"],
-        *["--output_dir", tmp_path / "two", "--stages", "24x4:4", "48x2:4", "--warmup_steps", 2],
-        *["--log_every", 2, "--eval_every", 4, "--eval_tokens", 200],
-    ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*launch, ROOT / "scripts" / "train.py", *map(str, options)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    parts = [sys.executable, "-m", *LAUNCHERS[launcher], *command(workplace, tmp_path / "two")]
+    done = subprocess.run([*map(str, parts)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for run, processes in (("one", 1), ("two", 2)):
+        assert json.loads((tmp_path / run / "checkpoint-8" / "state.json").read_text())["processes"] == processes
     one, two = (load_file(tmp_path / run / "checkpoint-8" / "model.safetensors") for run in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)

@@ -269,8 +269,9 @@ def test_bad_arguments_are_named(workplace, tmp_path, options, message):
 def test_processes_that_accelerate_does_not_see_are_an_error(workplace, tmp_path, monkeypatch):
     from train import main
 
+    alone = Accelerator(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("train.Accelerator", lambda **_: Accelerator(cpu=True))
+    monkeypatch.setattr("train.Accelerator", lambda **_: alone)
     with pytest.raises(
         ValueError, match="2 processes were started, but accelerate sees 1: .* ACCELERATE_USE_CPU=true"
     ):
@@ -298,6 +299,21 @@ def test_trackers_receive_what_the_metrics_say(workplace, tmp_path, monkeypatch)
     speeds = [row.pop("tokens_per_second") for row in rows]
     assert lr == 0.002 and all(speed > 0 for speed in speeds)
     assert rows == [{k: v for k, v in row.items() if v is not None} for row in read_metrics(tmp_path / "run")]
+
+
+def test_texts_are_tokenised_once_and_again_when_they_change(tokenizer, tmp_path, monkeypatch):
+    import _mix
+
+    ids = _mix.cached_token_stream({"a": TEXT}, tokenizer, tmp_path)
+    np.testing.assert_array_equal(ids, _mix.token_stream({"a": TEXT}, tokenizer))
+    calls = []
+    monkeypatch.setattr(_mix, "token_stream", lambda *given: calls.append(given) or np.zeros(3, np.uint16))
+    again = _mix.cached_token_stream({"a": TEXT}, tokenizer, tmp_path)
+    np.testing.assert_array_equal(again, ids)
+    assert again.dtype == ids.dtype and not calls
+    for changed in ({"a": TEXT + "."}, {"a": TEXT, "b": TEXT}):
+        assert len(_mix.cached_token_stream(changed, tokenizer, tmp_path)) == 3
+    assert len(calls) == 2
 
 
 def test_milestones_are_kept_beside_the_newest_two(workplace, tmp_path):
