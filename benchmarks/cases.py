@@ -156,6 +156,8 @@ def _decode() -> list[Case]:
     cases = []
     for net in INNER_NETS:
         names, pairs = _against_baseline(net)
+        compiled = f"{_own(net)}+compiled"
+        names, pairs = (*names, compiled), (*pairs, (f"eager-{net}", compiled))
         cases.append(Case(f"decode-small-{net}", "small", step, names, pairs, 10, 10))
     names, pairs = _against_peers(("llama", "mamba2", "gdn-hybrid"))
     return [*cases, Case("decode-peers", "small", step, names, pairs, 12, 10)]

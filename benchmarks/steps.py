@@ -22,6 +22,7 @@ OPTIONS = {
     "": {"output_plasticity": False, "output_ttt_stats": False},
     "plasticity": {"output_plasticity": True, "output_ttt_stats": False},
     "stats": {"output_plasticity": True, "output_ttt_stats": True},
+    "compiled": {"output_plasticity": False, "output_ttt_stats": False},
 }
 """What is asked of our model, by the part of a contender's name after "+"."""
 
@@ -39,6 +40,8 @@ class Step:
 def contender(name: str, model: nn.Module, step: Step) -> Contender:
     """Measure `step` on `model`; `name` is the model's, with "+plasticity" or "+stats" to ask ours for those.
 
+    "+compiled" decodes through `torch.compile`; the prompt is read as it is.
+
     Raises:
         ValueError: there is no step of that kind, or no option of that name.
     """
@@ -48,6 +51,10 @@ def contender(name: str, model: nn.Module, step: Step) -> Contender:
     if step.kind not in _KINDS:
         raise ValueError(f"kind must be one of {sorted(_KINDS)}, got {step.kind!r}")
     options = OPTIONS[option] if isinstance(model, TTTForCausalLM) else {}
+    if option == "compiled":
+        if step.kind != "decode":
+            raise ValueError(f"only decode is measured '+compiled', got a step of kind {step.kind!r}")
+        options = options | {"compiled": True}
     build = _matrix_products if isinstance(model, GemmOnly) else _KINDS[step.kind]
     prepare, run = build(model, step, options)
     return Contender(name, run, prepare, step.batch * step.tokens, parameter_count(model))
@@ -106,6 +113,8 @@ def _decode(model: nn.Module, step: Step, options: dict) -> Calls:
     """After a fresh prompt every time, so that the length of the context stays what it is."""
     prompt, ids = _random_ids(model, step.batch, PROMPT_TOKENS), _random_ids(model, step.batch, step.tokens)
 
+    step_model = torch.compile(model, fullgraph=True) if options.pop("compiled", False) else model
+
     @torch.no_grad()
     def prepare() -> dict:
         out = model(prompt, use_cache=True, logits_to_keep=1, **options)
@@ -116,7 +125,7 @@ def _decode(model: nn.Module, step: Step, options: dict) -> Calls:
     def run(cache: dict) -> None:
         # Every cache is advanced in place.
         for token in ids.split(1, 1):
-            model(token, use_cache=True, **cache, **options)
+            step_model(token, use_cache=True, **cache, **options)
 
     return prepare, run
 

@@ -36,9 +36,10 @@ def prepare_cache(cache: Cache | None, config: TTTConfig, batch: int) -> Cache |
             )
         if layer.tensors:
             check_state(layer.tensors, config, f"layer {i}", batch)
-    lengths = {layer.get_seq_length() for layer in cache.layers}
-    if len(lengths) > 1:
-        raise ValueError(f"the layers of past_key_values have read different numbers of tokens: {sorted(lengths)}")
+    if not torch.compiler.is_compiling():  # compiled code would be made anew for every length it compares
+        lengths = {layer.get_seq_length() for layer in cache.layers}
+        if len(lengths) > 1:
+            raise ValueError(f"the layers of past_key_values have read different numbers of tokens: {sorted(lengths)}")
     return cache
 
 
@@ -65,7 +66,7 @@ def build_grid(
     Raises:
         ValueError: the shape of an argument does not fit the call.
     """
-    past = cache.layers[0].tensors if cache is not None else {}
+    past, start = (cache.layers[0].tensors, cache.layers[0].start) if cache is not None else ({}, 0)
     columns = cache.get_seq_length() if cache is not None else 0
     real = _real_tokens(attention_mask, shape, columns)
     border = _borders(reset_at, input_ids, shape)
@@ -82,6 +83,7 @@ def build_grid(
         None if border is None else border.to(device),
         past.get("position"),
         past.get("seen"),
+        start,
     )
 
 

@@ -181,9 +181,9 @@ class TTTModel(TTTPreTrainedModel):
         hidden_states, plasticity, stats, states = self._run(inputs_embeds, segments, states, lr_mults, options)
         if past_key_values is not None:
             # Only now, so that a call that fails leaves the cache as it was.
-            position, seen = segments[-1][1].advanced()
+            position, seen, start = segments[-1][1].advanced()
             for cache_layer, state in zip(past_key_values.layers, states, strict=True):
-                cache_layer.store(state | {"position": position, "seen": seen}, length)
+                cache_layer.store(state | {"position": position, "seen": seen}, length, start)
         return TTTModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,

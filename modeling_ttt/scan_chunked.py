@@ -153,7 +153,9 @@ def _layout(inputs: ScanInputs, tokens: AlignedTokens, operands: Operands, diffe
 def _output(inputs: ScanInputs, tokens: AlignedTokens, result: ForwardResult) -> ScanOutput:
     grid, shape = inputs.grid, inputs.q.shape[:2]
     size = inputs.tau.shape[0]
-    weights = [(w[:, :-1].unflatten(0, shape), w[:, -1:].unflatten(0, shape)) for w in result.weights]
+    # Contiguous, as a decoding step returns them: compiled code is made anew for other strides.
+    parts = [(w[:, :-1].contiguous(), w[:, -1:].contiguous()) for w in result.weights]
+    weights = [tuple(t.unflatten(0, shape) for t in pair) for pair in parts]
     if result.rows:
         rows = [tuple(t.unflatten(0, shape) for t in pair) for pair in result.rows]
     else:

@@ -25,12 +25,14 @@ def cut_into_segments(model: nn.Module, grid: TokenGrid, capturing: bool) -> lis
     `capturing` says that the library records outputs of submodules or that statistics over the whole call are wanted.
     """
     size = grid.mini_batch_size
+    whole = grid.length <= size or capturing or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if whole:  # before anything that walks all modules, which would show in decoding
+        return grid.segments(grid.length)
     # Every segment of an offloaded model fetches its weights anew.
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
     tokens = SEGMENT_TOKENS if grid.device.type == "cpu" and not offloaded else SEGMENT_TOKENS_ELSEWHERE
     length = max(1, tokens // (max(1, grid.batch) * size)) * size
-    whole = grid.length <= length or capturing or torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return grid.segments(grid.length if whole or is_hooked(*list(model.modules())[1:]) else length)
+    return grid.segments(grid.length if is_hooked(*list(model.modules())[1:]) else length)
 
 
 def columns_of(lr_mult: Tensor | None, columns: slice) -> Tensor | None:

@@ -14,7 +14,7 @@ import copy
 import torch
 from torch import Tensor
 
-__all__ = ["TokenGrid"]
+__all__ = ["TokenGrid", "common_value"]
 
 
 class TokenGrid:
@@ -28,6 +28,7 @@ class TokenGrid:
         border: [B, T] bool, True for the first token of a new document; None means no border.
         position: [B] int64 on the CPU, real tokens of the current document that were seen before this call.
         seen: [B] int64 on the CPU, all real tokens seen before this call.
+        start: the value of `position` where it is one for all rows and the caller knows it, which saves reading it.
 
     Attributes:
         slot: [B, T] (or [1, T]) int64, position of each token in its mini-batch; of a masked token that of the next.
@@ -39,7 +40,7 @@ class TokenGrid:
         commits, resets: per packed mini-batch, whether any row commits or starts a document.  ends: values of `last`.
     """
 
-    def __init__(self, shape, mini_batch_size, device, real=None, border=None, position=None, seen=None):
+    def __init__(self, shape, mini_batch_size, device, real=None, border=None, position=None, seen=None, start=None):
         self.batch, self.length = shape
         self.mini_batch_size = mini_batch_size
         self.device = device
@@ -52,10 +53,10 @@ class TokenGrid:
         self.border = None if border is None or not bool(border.any()) else border
         self._elsewhere: dict[torch.device, TokenGrid] = {}
         self._windows: dict[int, tuple[Tensor, Tensor]] = {}
-        starts = {0} if position is None else set(position.tolist())
-        self.uniform = self.real is None and self.border is None and len(starts) == 1
+        self.start = 0 if position is None else common_value(position) if start is None else start
+        self.uniform = self.real is None and self.border is None and self.start is not None
         if self.uniform:
-            self._place_uniform(starts.pop())
+            self._place_uniform(self.start)
         else:
             self._place_ragged()
 
@@ -80,18 +81,16 @@ class TokenGrid:
         """
         if self.length <= length:
             return [(slice(0, self.length), self)]
-        parts, position, seen, start = [], self.position, self.seen, 0
-        while start < self.length:
-            stop = min(start + length, self.length)
-            if self.uniform and start == 0:
+        parts, place, first = [], (self.position, self.seen, self.start), 0
+        while first < self.length:
+            stop = min(first + length, self.length)
+            if self.uniform and first == 0:
                 stop = max(self.mini_batch_size - self.phase, stop - self.phase)
-            span = slice(start, stop)
+            span = slice(first, stop)
             real, border = (None if x is None else x[:, span] for x in (self.real, self.border))
-            part = TokenGrid(
-                (self.batch, stop - start), self.mini_batch_size, self.device, real, border, position, seen
-            )
+            part = TokenGrid((self.batch, stop - first), self.mini_batch_size, self.device, real, border, *place)
             parts.append((span, part))
-            (position, seen), start = part.advanced(), stop
+            place, first = part.advanced(), stop
         return parts
 
     # ---------------------------------------------------------------- packed layout
@@ -123,11 +122,11 @@ class TokenGrid:
         rank = self._rank if not self.uniform else torch.arange(self.length, device=self.device)[None]
         return rank + self.seen.to(self.device)[:, None]
 
-    def advanced(self) -> tuple[Tensor, Tensor]:
-        """(position, seen) after this call, [B] int64 on the CPU."""
+    def advanced(self) -> tuple[Tensor, Tensor, int | None]:
+        """(position, seen) after this call, [B] int64 on the CPU, and `start`, None where rows differ."""
         if self.uniform:
-            return self.position + self.length, self.seen + self.length
-        return self._advanced
+            return self.position + self.length, self.seen + self.length, self.start + self.length
+        return *self._advanced, common_value(self._advanced[0])
 
     def windows(self, kernel: int) -> tuple[Tensor, Tensor]:
         """Sources of a causal window of `kernel` tokens that skips masked tokens and stops at document borders.
@@ -240,3 +239,9 @@ class TokenGrid:
         newest = (self._count - 1)[:, None] - torch.arange(tail - 1, -1, -1, device=self.device)
         keep = sources(newest, self._first[:, -1:].expand_as(newest))
         return window, keep
+
+
+def common_value(x: Tensor) -> int | None:
+    """The number that all elements of a tensor on the CPU are, None where they differ."""
+    values = set(x.tolist())
+    return values.pop() if len(values) == 1 else None

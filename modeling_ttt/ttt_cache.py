@@ -25,6 +25,7 @@ from transformers.cache_utils import (
 )
 
 from .inner_net import INNER_NETS
+from .token_grid import common_value
 
 __all__ = ["TTTCacheLayer", "clone_cache", "load_cache", "save_cache"]
 
@@ -37,6 +38,7 @@ class TTTCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     `tensors` holds the inner weights at the start of the open mini-batch (`W1 b1 W2 b2`), the writes of the open
     mini-batch (`x1 g1 ...`), the tails of the short convolutions (`tail_*`), and per row `position` (real tokens of
     the current document) and `seen` (all real tokens), both int64 on the CPU. It is empty before the first token.
+    `start` is `position` as a number where it is one for all rows, else None.
     Tensors are replaced, never changed in place, and successive states share those that did not change: copy one
     (`clone`) before writing to it.
     """
@@ -51,10 +53,11 @@ class TTTCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         LinearAttentionCacheLayerMixin.__init__(self, number_of_states=1)
         self.tensors: dict[str, Tensor] = {}
         self.length = 0
+        self.start: int | None = 0
 
-    def store(self, tensors: dict[str, Tensor], columns: int) -> None:
+    def store(self, tensors: dict[str, Tensor], columns: int, start: int | None) -> None:
         """Replace the state by the one after `columns` more columns (masked ones included)."""
-        self.tensors = tensors
+        self.tensors, self.start = tensors, start
         self.length += columns
         self.is_initialized = True
         self.has_previous_state[0] = True
@@ -65,7 +68,7 @@ class TTTCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         twin = type(self)()
         twin.length = self.length
         if self.tensors:
-            twin.store({name: t.detach().clone() for name, t in self.tensors.items()}, 0)
+            twin.store({name: t.detach().clone() for name, t in self.tensors.items()}, 0, self.start)
         return twin
 
     @property
@@ -83,7 +86,7 @@ class TTTCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.tensors, self.length, self.is_initialized = {}, 0, False
+        self.tensors, self.length, self.start, self.is_initialized = {}, 0, 0, False
         self.has_previous_state[0] = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -91,6 +94,8 @@ class TTTCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map(lambda t: t[indices.to(t.device)])
+        if self.start is None:
+            self.start = common_value(self.tensors["position"])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda t: t.repeat_interleave(repeats, 0))
@@ -189,7 +194,8 @@ def load_cache(path: str | os.PathLike, config, device: torch.device | str = "cp
         prefix = f"layers.{i}."
         named = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         check_state(named, config, f"layer {i} of {path}")
-        layer.store({n: t.to(device) if t.is_floating_point() else t for n, t in named.items()}, length)
+        start = common_value(named["position"])
+        layer.store({n: t.to(device) if t.is_floating_point() else t for n, t in named.items()}, length, start)
     return cache
 
 

@@ -48,7 +48,7 @@ def test_grid_equals_a_loop_over_tokens(seed):
     x = torch.arange(1, batch * length + 1).view(batch, length).float()
     packed = grid.pack(x, 1)
     assert packed.shape == (batch, grid.width)
-    position, seen = grid.advanced()
+    position, seen, _ = grid.advanced()
     for row, (place, reset, after) in enumerate(naive(real, border, starts, size)):
         count = sum(real[row])
         assert int(seen[row]) == starts[row] + count
