@@ -29,12 +29,27 @@ class CardFacts:
     evaluation_file: str = "evaluation.json"
     evaluation_data: str = "held-out text"
     evaluation_split: str | None = None
+    test_split: str = "test"
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
+    remarks: str | None = None
+    pictures: tuple[str, ...] = ()
 
 
-def write_card(repo_id: str, config: PreTrainedConfig, parameters: int, has_tokenizer: bool, facts: CardFacts) -> str:
-    """Fill the template; ValueError when `facts.evaluation` lacks a number or one in the text is not measured."""
+def write_card(
+    repo_id: str,
+    config: PreTrainedConfig,
+    parameters: int,
+    has_tokenizer: bool,
+    facts: CardFacts,
+    *,
+    local: bool = False,
+) -> str:
+    """Fill the template; ValueError when `facts.evaluation` lacks a number or one in the text is not measured.
+
+    `local` says that `repo_id` is a folder without code, which needs the package.
+    """
     name, is_ttt = repo_id.split("/")[-1], config.model_type == "ttt"
-    training = re.sub(r"\n{3,}", "\n\n", facts.training or "").strip()
+    training, remarks = (re.sub(r"\n{3,}", "\n\n", told or "").strip() for told in (facts.training, facts.remarks))
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=_metadata(name, is_ttt, facts).to_yaml(),
@@ -48,11 +63,25 @@ def write_card(repo_id: str, config: PreTrainedConfig, parameters: int, has_toke
         shape=_shape(config),
         training=training,
         measured=_measured(facts) if facts.evaluation else None,
+        others=_others(name, parameters, facts) if facts.evaluation and facts.others else None,
+        remarks=remarks,
+        curve="curve.png" in facts.pictures,
+        picture="evaluation.png" in facts.pictures,
+        local=local,
     )
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-    given = [repo_id, facts.datasets, facts.base_model, facts.evaluation_data, facts.evaluation_split]
-    own_words = text.replace(training, "") if training else text
-    strange = unmeasured_numbers(own_words, [facts.evaluation, config.to_dict(), parameters, given])
+    given = [
+        repo_id,
+        facts.datasets,
+        facts.base_model,
+        facts.evaluation_data,
+        facts.evaluation_split,
+        facts.test_split,
+    ]
+    own_words = text
+    for told in (training, remarks):
+        own_words = own_words.replace(told, "") if told else own_words
+    strange = unmeasured_numbers(own_words, [facts.evaluation, facts.others, config.to_dict(), parameters, given])
     if strange:
         raise ValueError(f"the card would hold numbers that are not in its sources: {', '.join(strange)}")
     return text
@@ -139,27 +168,64 @@ def _shape(config: PreTrainedConfig) -> list[tuple[str, Any]]:
 
 def _measured(facts: CardFacts) -> dict[str, Any]:
     found = facts.evaluation or {}
-    names = {name: "this model" if name == "model" else name for name in found["nats_per_byte"]}
-    needles = found.get("needles", [])
-    split = f" ({facts.evaluation_split})" if facts.evaluation_split else ""
+    needles, depths = found.get("needles", []), found.get("needles_by_depth", [])
+    texts = _texts(found, facts)
+    positions = [part.get("loss_by_position", []) for part in texts.values()]
+    columns = sorted({_take(row, "depth") for row in depths})
     return {
-        "data": facts.evaluation_data + split,
         "file": facts.evaluation_file,
-        "tokens": f"{_take(found, 'tokens'):,}",
-        "bytes": f"{_take(found, 'bytes'):,}",
         "length": _take(found, "arguments", "length"),
-        "loss": f"{_take(found, 'loss_nats_per_token'):.3f}",
-        "nats_per_byte": [(label, f"{_take(found, 'nats_per_byte', name):.4f}") for name, label in names.items()],
+        "texts": [_text(data, part) for data, part in texts.items()],
         "positions": [
-            (f"{_take(row, 'from')} to {_take(row, 'to')}", f"{_take(row, 'loss'):.3f}")
-            for row in found.get("loss_by_position", [])
+            (f"{_take(rows[0], 'from')} to {_take(rows[0], 'to')}", *(f"{_take(row, 'loss'):.3f}" for row in rows))
+            for rows in zip(*positions, strict=False)
         ],
         "documents": _take(needles[0], "documents") if needles else 0,
         "needles": [
             (row["value_digits"], row["distance"], f"{_take(row, 'exact'):.3f}", f"{_take(row, 'digits'):.3f}")
             for row in needles
         ],
+        "depth_digits": _take(depths[0], "value_digits") if depths else 0,
+        "depth_documents": _take(depths[0], "documents") if depths else 0,
+        "depth_columns": columns,
+        "depths": [
+            (length, *(f"{_take(row, 'exact'):.3f}" for row in depths if row["length"] == length))
+            for length in sorted({_take(row, "length") for row in depths})
+        ],
     }
+
+
+def _texts(found: dict[str, Any], facts: CardFacts) -> dict[str, dict[str, Any]]:
+    """What was read, by its name in the card, with what it cost."""
+    split = f" ({facts.evaluation_split})" if facts.evaluation_split else ""
+    texts = {facts.evaluation_data + split: found}
+    return texts | ({f"{facts.evaluation_data} ({facts.test_split})": found["test"]} if "test" in found else {})
+
+
+def _text(data: str, found: dict[str, Any]) -> dict[str, Any]:
+    names = {name: "this model" if name == "model" else name for name in found["nats_per_byte"]}
+    return {
+        "data": data,
+        "tokens": f"{_take(found, 'tokens'):,}",
+        "bytes": f"{_take(found, 'bytes'):,}",
+        "loss": f"{_take(found, 'loss_nats_per_token'):.3f}",
+        "nats_per_byte": [(label, f"{_take(found, 'nats_per_byte', name):.4f}") for name, label in names.items()],
+    }
+
+
+def _others(name: str, parameters: int, facts: CardFacts) -> dict[str, Any]:
+    """This checkpoint and others in one table: nats per byte of each text, and the hardest needles of this one."""
+    own = facts.evaluation or {}
+    hardest = max(own.get("needles", []), key=lambda row: (row["value_digits"], row["distance"]), default=None)
+    place = (hardest["value_digits"], hardest["distance"]) if hardest else None
+    rows = []
+    for label, found in {f"**{name}**": own, **facts.others}.items():
+        same = [row for row in found.get("needles", []) if (row["value_digits"], row["distance"]) == place]
+        size = parameters if found is own else _take(found, "parameters")
+        costs = [f"{_take(part, 'nats_per_byte', 'model'):.4f}" for part in _texts(found, facts).values()]
+        rows.append((label, f"{size:,}", *costs, f"{_take(same[0], 'exact'):.3f}" if same else "not measured"))
+    needle = f"needles of {place[0]} digits, {place[1]} tokens away" if place else "needles"
+    return {"needle": needle, "rows": rows}
 
 
 def _take(found: dict[str, Any], *keys: str) -> Any:

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from transformers import LlamaConfig
 
-from modeling_ttt import TTTConfig
+from modeling_ttt import TTTConfig, TTTForCausalLM
 
 ROOT = Path(__file__).parents[2]
 CARDS = sorted((ROOT / "model_cards").iterdir())
@@ -22,6 +23,21 @@ EVALUATION = {
     "needles": [
         {"value_digits": 1, "distance": 32, "documents": 61, "exact": 0.98361, "digits": 0.98361},
         {"value_digits": 8, "distance": 512, "documents": 61, "exact": 0.03279, "digits": 0.41803},
+    ],
+}
+FULL = {
+    **EVALUATION,
+    "parameters": 4321,
+    "test": {
+        "tokens": 31999,
+        "bytes": 99123,
+        "loss_nats_per_token": 4.25049,
+        "nats_per_byte": {"model": 1.31367, "trigram": 1.33008},
+        "loss_by_position": [{"from": 1, "to": 15, "loss": 4.71565}, {"from": 16, "to": 776, "loss": 4.41497}],
+    },
+    "needles_by_depth": [
+        {"length": length, "depth": depth, "value_digits": 4, "documents": 17, "exact": share, "digits": 0.875}
+        for length, depth, share in ((1024, 0.0, 0.5), (1024, 1.0, 1.0), (2048, 0.0, 0.25), (2048, 1.0, 0.75))
     ],
 }
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -62,7 +78,7 @@ def test_every_measured_number_is_in_the_text_and_every_number_of_the_text_is_me
 
     text = written()
     for row in (
-        "31,337 tokens, 98,765 bytes, read in windows of\n777 tokens. Loss per token is 4.164",
+        "31,337 tokens, 98,765 bytes, read in windows of 777 tokens.\nLoss per token is 4.164 nats.",
         "| this model | 1.2237 |",
         "| trigram | 1.2401 |",
         "| 16 to 776 | 4.315 |",
@@ -76,6 +92,47 @@ def test_every_measured_number_is_in_the_text_and_every_number_of_the_text_is_me
     assert unmeasured_numbers(text, sources) == []
     for number in ("1.2238", "1,234", "0.5 %", "-3", "1e-7"):
         assert unmeasured_numbers(f"{text}\nIt costs {number}.", sources) == [number.split()[0]]
+
+
+def test_both_texts_depths_pictures_and_other_checkpoints_are_shown():
+    other = {**FULL, "parameters": 5000, "nats_per_byte": {"model": 1.5}, "needles": []}
+    facts = {"evaluation_data": "novels", "evaluation_split": "validation", "others": {"llama": other}}
+    text = written(evaluation=FULL, pictures=("curve.png", "evaluation.png"), remarks="It beats 3 others.", **facts)
+    for row in (
+        "| tokens of the window | novels (validation) | novels (test) |\n|---|---|---|\n| 1 to 15 | 4.596 | 4.716 |",
+        "| trigram | 1.3301 |",
+        "values of 4 digits answered wholly right, over 17\ndocuments each",
+        "| tokens of the document | 0.0 | 1.0 |\n|---|---|---|\n| 1024 | 0.500 | 1.000 |\n| 2048 | 0.250 | 0.750 |",
+        "| **ttt-1b** | 4,321 | 1.2237 | 1.3137 | 0.033 |\n| llama | 5,000 | 1.5000 | 1.3137 | not measured |",
+        "(curve.png)",
+        "(evaluation.png)",
+        "It beats 3 others.",
+    ):
+        assert row in text, row
+    assert "png" not in written(evaluation=FULL) and "Beside other" not in written(evaluation=FULL)
+
+
+def test_a_card_is_written_into_a_folder(tmp_path, capsys, monkeypatch):
+    from write_card import main
+
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)  # the lint refuses paths of one machine
+    folder = Path("models") / "ttt-tiny"
+    TTTForCausalLM(TTTConfig(vocab_size=301, **SIZES)).save_pretrained(folder)
+    with pytest.raises(ValueError, match="the card would not be in order|metrics|evaluation"):
+        (folder / "evaluation.json").write_text("[]")
+        main(["--model", str(folder), "--license", "mit"])
+    assert not (folder / "README.md").exists()
+    (folder / "evaluation.json").write_text(json.dumps(FULL))
+    with pytest.raises(ValueError, match="compare must be NAME=evaluation.json of a file that exists"):
+        main(["--model", str(folder), "--license", "mit", "--compare", "x=nowhere.json"])
+    main(["--model", str(folder), "--license", "mit", "--compare", f"twin={folder / 'evaluation.json'}"])
+    text = (folder / "README.md").read_text()
+    assert "import modeling_ttt  # registers the classes" in text and "trust_remote_code" not in text
+    assert f'from_pretrained("{folder}")' in text and "| twin | 4,321 |" in text
+    assert "wrote" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="model must be the folder of a checkpoint"):
+        main(["--model", str(tmp_path), "--license", "mit"])
 
 
 def test_a_template_with_a_number_of_its_own_is_refused(monkeypatch, tmp_path):
