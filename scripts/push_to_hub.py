@@ -107,6 +107,7 @@ def _place_card(arguments: PushArguments, staged: Staged) -> None:
         unused = [name for name in FOR_NEW_CARD if getattr(arguments, name)]
         if unused:
             raise ValueError(f"model has a README.md: {', '.join(unused)} need new_card, which replaces it")
+        _name_repository(path, arguments)
     else:
         if not arguments.license:
             raise ValueError("license must be given for a new card, as apache-2.0")
@@ -127,6 +128,15 @@ def _place_card(arguments: PushArguments, staged: Staged) -> None:
     problems = lint_card(path.read_text(encoding="utf-8"), evaluation)
     if problems:
         raise ValueError(f"the card is not in order: {'; '.join(problems)}")
+
+
+def _name_repository(card: Path, arguments: PushArguments) -> None:
+    """Code in a card that loads the folder by its name here loads the repository there."""
+    text = card.read_text(encoding="utf-8")
+    found = text.replace(f'from_pretrained("{arguments.model.rstrip("/")}"', f'from_pretrained("{arguments.repo_id}"')
+    if found != text:
+        card.write_text(found, encoding="utf-8")
+        print(f"the card loads {arguments.repo_id} where it loaded {arguments.model}")
 
 
 def _evaluation(arguments: PushArguments, folder: Path) -> tuple[dict[str, Any] | None, str]:

@@ -400,6 +400,18 @@ def test_options_for_a_new_card_are_not_ignored_where_there_is_a_card(hub, check
     assert "license: mit" in hub.files(REPO)["README.md"].decode()
 
 
+def test_the_card_of_a_folder_loads_the_repository_once_it_is_pushed(hub, checkpoint, monkeypatch, capsys):
+    from write_card import main as write_card
+
+    monkeypatch.chdir(checkpoint.parent)
+    write_card(["--model", checkpoint.name, "--license", "mit"])
+    publish(Path(checkpoint.name))
+    card = hub.files(REPO)["README.md"].decode()
+    assert card.count(f'from_pretrained("{REPO}")') == 2 and checkpoint.name + '"' not in card
+    assert f'from_pretrained("{checkpoint.name}")' in (checkpoint / "README.md").read_text(), "the folder is only read"
+    assert f"the card loads {REPO} where it loaded" in capsys.readouterr().out
+
+
 # From here on in clean processes, as users are.
 
 PUSH = f"""
