@@ -33,6 +33,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from interp.loading import load_model
 from modeling_ttt import TTTConfig
 
 log = logging.getLogger("train")
@@ -40,7 +41,7 @@ log = logging.getLogger("train")
 
 @dataclass
 class TrainArguments:
-    """Train a causal language model from scratch on text and needle documents; run again to resume."""
+    """Train a causal language model, from scratch or from a checkpoint, on text and needles; run again to resume."""
 
     tokenizer: str = option(help="folder or Hub id of the tokenizer")
     train_data: str = option(help="text file, or folder of *.txt files, each one document; see also --streaming")
@@ -48,10 +49,11 @@ class TrainArguments:
     output_dir: str = option(
         help="folder for checkpoints, metrics.jsonl, curve.csv, curve.png and the tokens of the data"
     )
-    config: str | None = option(None, "config.json with a model_type, or the folder of one; or name a --preset")
+    config: str | None = option(None, "config.json with a model_type, or the folder of one; else --preset or --init")
     preset: Literal[tuple(RECIPES)] | None = option(
         None, "official size with its recipe, which other options override"
     )
+    init: str | None = option(None, "folder or Hub id of a checkpoint to go on from, with its weights and config")
     overrides: str | None = option(None, """fields of the config as json, e.g. '{"ttt_layer_type": "mlp"}'""")
     streaming: bool = option(False, "train_data is a dataset (Hub id, folder or file) to stream: no needles")
     dataset_config: str | None = option(None, "configuration name of a streamed dataset")
@@ -129,8 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def fill_in(arguments: TrainArguments) -> TrainArguments:
     """Give arguments that were left out the values of the preset, or the plain ones."""
-    if (arguments.config is None) == (arguments.preset is None):
-        raise ValueError(f"either config or preset must be given, got {arguments.config!r} and {arguments.preset!r}")
+    given = {name: getattr(arguments, name) for name in ("config", "preset", "init")}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"exactly one of config, preset and init must be given, got {given}")
     if (
         arguments.preset
         and arguments.inner_warmup_steps is None
@@ -217,6 +220,8 @@ def settings_of(
         "mixed_precision": arguments.mixed_precision,
         "inner_warmup_steps": arguments.inner_warmup_steps,
     }
+    if arguments.init:
+        identity["init_sha256"] = weights_hash(model)
     if arguments.reset_documents:
         identity["reset_documents"] = True
     return LoopSettings(
@@ -240,12 +245,15 @@ def settings_of(
 
 
 def new_model(arguments: TrainArguments, vocab_size: int) -> nn.Module:
-    """A float32 model with fresh weights; a preset's vocabulary is that of the tokenizer.
+    """A float32 model with fresh weights, or those of `--init`; a preset's vocabulary is that of the tokenizer.
 
     Raises ValueError unless the vocabulary holds the tokenizer's; warns when it leaves much of it unused.
     """
-    overrides = _overrides(arguments)
-    if arguments.preset:
+    overrides, model = _overrides(arguments), None
+    if arguments.init:
+        model = load_model(arguments.init, overrides=overrides, ttt_only=False)
+        config = model.config
+    elif arguments.preset:
         config = TTTConfig.preset(RECIPES[arguments.preset].size, **{"vocab_size": vocab_size, **overrides})
     else:
         config = AutoConfig.for_model(**{**_read_config(arguments.config), **overrides})
@@ -254,10 +262,20 @@ def new_model(arguments: TrainArguments, vocab_size: int) -> nn.Module:
     if config.vocab_size > vocab_size:
         log.warning("the tokenizer has %d entries, the config's vocab_size is %d", vocab_size, config.vocab_size)
     torch.manual_seed(arguments.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if model is None:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def weights_hash(model: nn.Module) -> str:
+    """What tells a model's parameters from others'."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _read_config(config: str) -> dict:

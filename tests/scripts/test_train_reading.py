@@ -250,7 +250,7 @@ def filled(*options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--preset", "125m"], "either config or preset must be given"),
+        (["--preset", "125m"], "exactly one of config, preset and init must be given"),
         (["--overrides", "[1]"], "overrides must be a json object"),
         (["--overrides", "{"], "overrides must be a json object"),
         (["--report_to", "carrier-pigeon"], "report_to: 'carrier-pigeon' must be one of"),
@@ -323,3 +323,23 @@ def test_milestones_are_kept_beside_the_newest_two(workplace, tmp_path):
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {
         f"checkpoint-{step}" for step in (3, 6, 8)
     }
+
+
+def test_training_goes_on_from_the_weights_of_a_checkpoint(workplace, tmp_path):
+    """A rate of almost 0 leaves them as they were; the other folder cannot be gone on with."""
+    from train import main
+
+    main(arguments(workplace, tmp_path / "first", "--export", tmp_path / "model", "--export_dtype", "float32"))
+    rest = arguments(workplace, tmp_path / "second", "--init", tmp_path / "model")[2:]
+    same = ["--lr", "1e-12", "--min_lr", "0"]
+    main([*rest, *same, "--export", str(tmp_path / "again"), "--export_dtype", "float32"])
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "again"))
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-6, atol=1e-8)
+    before, after = (read_metrics(tmp_path / run)[-1]["validation_loss"] for run in ("first", "second"))
+    assert after == pytest.approx(before, abs=1e-5)
+    main([*rest, *same])
+    with pytest.raises(ValueError, match="holds another training"):
+        main([*rest, *same, "--init", str(tmp_path / "again"), "--overrides", '{"ttt_base_lr": 0.5}'])
+    with pytest.raises(ValueError, match="model folder .*nowhere.* does not exist"):
+        main([*rest, "--init", str(tmp_path / "nowhere")])
