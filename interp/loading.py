@@ -94,7 +94,8 @@ def load_model(
     try:
         settings = AutoConfig.from_pretrained(name if config is None else os.fspath(config), **common)
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-        raise ValueError(f"the configuration of model {name!r} could not be read: {error}") from error
+        where = "" if revision is None else f", revision {revision!r},"
+        raise ValueError(f"the configuration of model {name!r}{where} could not be read: {error}") from error
     if ttt_only:
         ttt_layers(settings)
     settings = override_config(settings, overrides or {})
@@ -115,7 +116,8 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
+        where = "" if revision is None else f", revision {revision!r}"
+        raise ValueError(f"no tokenizer could be loaded from {name!r}{where}: {error}") from error
 
 
 def is_jax_checkpoint(name: str | os.PathLike) -> bool:

@@ -1,12 +1,13 @@
 """A folder that is whole or absent, and safetensors written into it one leaf at a time."""
 
+import glob
 import json
 import os
 import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ RECORD = "conversion.json"
 """What a conversion says about itself, and the sign that a folder may be replaced by another one."""
 
 _LOCK = ".lock"
+_OLD = ".old"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
@@ -31,9 +33,9 @@ def folder_beside(output: str | os.PathLike, *, overwrite: bool = False) -> Iter
     when `output` is there and may not be replaced.
     """
     output = Path(os.path.abspath(output))
-    _check_replaceable(output, overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(output)
+    _check_replaceable(output, overwrite)
     beside = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
     lock = FileLock(beside / _LOCK)
     lock.acquire()
@@ -62,8 +64,9 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
 
 def _replace(beside: Path, output: Path) -> None:
     if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
-        os.replace(output, old / output.name)
+        # It waits beside; a process killed before the next line leaves it to `_remove_abandoned`, which puts it back.
+        old = beside.with_name(beside.name + _OLD)
+        os.replace(output, old)
         os.replace(beside, output)
         shutil.rmtree(old)
     else:
@@ -75,12 +78,27 @@ def _prefix(output: Path) -> str:
 
 
 def _remove_abandoned(output: Path) -> None:
-    """A folder whose lock is free has no writer any more."""
-    for beside in output.parent.glob(f"{_prefix(output).replace('[', '[[]')}*"):
+    """A folder whose lock is free has no writer any more; an output that it had moved away comes back."""
+    # Backwards, so that what was moved away comes before its writer.
+    for beside in sorted(output.parent.glob(f"{glob.escape(_prefix(output))}*"), reverse=True):
         with suppress(Timeout, OSError):
-            if (beside / _LOCK).is_file():
+            if beside.name.endswith(_OLD):
+                _settle(beside, output)
+            elif (beside / _LOCK).is_file():
                 with FileLock(beside / _LOCK, timeout=0):
                     shutil.rmtree(beside)
+
+
+def _settle(old: Path, output: Path) -> None:
+    """Put an earlier output back if its writer was killed before the new one took its place; else remove it."""
+    places = (old.with_name(old.name.removesuffix(_OLD)), output)
+    lock = next((place / _LOCK for place in places if (place / _LOCK).is_file()), None)
+    with nullcontext() if lock is None else FileLock(lock, timeout=0):
+        if output.exists():
+            shutil.rmtree(old)
+            (output / _LOCK).unlink(missing_ok=True)
+        else:
+            os.replace(old, output)
 
 
 def _umask() -> int:

@@ -29,20 +29,21 @@ from _mix import token_stream
 from _shared import option, parse, run
 from _tokenizer import read_texts
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-import modeling_ttt  # noqa: F401  (registers "model_type": "ttt")
+from interp.loading import load
 
 
 @dataclass
 class EvaluateArguments:
     """Measure a checkpoint on held-out text and on needles and write the numbers as json."""
 
-    model: str = option(help="folder or Hub id of the checkpoint")
+    model: str = option(help="folder or Hub id of the checkpoint; may be one of the official JAX code")
     data: str = option(help="held-out text: a file, or a folder of *.txt files")
     output: str = option(help="json file that receives the results")
     test_data: str | None = option(None, "more held-out text, measured in the same way as the entry test")
     train_data: str | None = option(None, "training text; adds unigram, bigram and trigram baselines")
+    tokenizer: str | None = option(None, "folder or Hub id of the tokenizer (default: that of the model)")
     length: int = option(2048, "tokens per window")
     max_tokens: int | None = option(None, "tokens of the held-out text to read; default: all")
     value_digits: list[int] = option([1, 2, 4, 8], "lengths of needle values")
@@ -75,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(arguments: EvaluateArguments) -> dict:
     """All numbers as plain values; losses in nats, lengths and distances in tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    model, tokenizer = load(arguments.model, tokenizer=arguments.tokenizer, ttt_only=False)
     if arguments.frozen_layers:
         if model.config.model_type != "ttt":
             raise ValueError(f"frozen_layers needs a TTT model, got model_type {model.config.model_type!r}")

@@ -187,3 +187,20 @@ def test_a_jax_checkpoint_without_what_it_needs_is_refused(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ValueError, match="could not be converted into cache_dir"):
         load_model(JAX / "trainstate", cache_dir=tmp_path / "file")
+
+
+def test_a_repository_of_the_hub_loads_by_revision(saved, tmp_path, monkeypatch):
+    """A cache laid out by hand, as the Hub's client leaves it; nothing is fetched."""
+    repository = tmp_path / "models--someone--tiny"
+    for revision, commit, eps in (("main", "a" * 40, 1e-6), ("v1", "b" * 40, 0.25)):
+        shutil.copytree(saved / "ttt", repository / "snapshots" / commit)
+        config = json.loads((saved / "ttt" / "config.json").read_text())
+        (repository / "snapshots" / commit / "config.json").write_text(json.dumps({**config, "rms_norm_eps": eps}))
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision, eps in ((None, 1e-6), ("v1", 0.25), ("b" * 40, 0.25)):
+        model, tokenizer = interp.load("someone/tiny", revision=revision)
+        assert model.config.rms_norm_eps == eps and tokenizer("the")["input_ids"]
+    with pytest.raises(ValueError, match="'someone/tiny'.* revision 'v9'"):
+        interp.load("someone/tiny", revision="v9")

@@ -74,7 +74,7 @@ def build(case: Case) -> ScanInputs:
     return inputs
 
 
-def _grid(case: Case, part: slice, position, seen) -> TokenGrid:
+def _grid(case: Case, part: slice, position, seen, start=None) -> TokenGrid:
     total = case.first + case.length
     real = border = None
     if case.masked:
@@ -87,7 +87,7 @@ def _grid(case: Case, part: slice, position, seen) -> TokenGrid:
                 real[row % case.batch, column] = True
     real, border = (None if x is None else x[:, part] for x in (real, border))
     shape = (case.batch, len(range(*part.indices(total))))
-    return TokenGrid(shape, case.mini_batch, torch.device("cpu"), real, border, position, seen)
+    return TokenGrid(shape, case.mini_batch, torch.device("cpu"), real, border, position, seen, start)
 
 
 def _cut(inputs: ScanInputs, part: slice) -> dict:

@@ -237,6 +237,36 @@ def test_killed_in_the_middle_leaves_the_old_output_and_the_next_run_cleans_up(t
     assert AutoModelForCausalLM.from_pretrained(out).config.ttt_layer_type == "mlp"
 
 
+SWAP_CUT = """
+import os, sys
+from modeling_ttt import convert_output
+from modeling_ttt.convert_jax import convert_checkpoint
+real, calls = os.replace, []
+def replace(*places):
+    if len(calls) == int(sys.argv[3]):
+        os.kill(os.getpid(), 9)
+    calls.append(places)
+    real(*places)
+convert_output.os.replace = replace
+convert_checkpoint(sys.argv[1], sys.argv[2], overwrite=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_folders_change_places_loses_neither(tmp_path):
+    """Before the first renaming, between the two, and when all is done: the next run finds an output and no rest."""
+    for renamings, kind in ((0, "linear"), (1, "linear"), (2, "mlp")):
+        out = tmp_path / str(renamings) / "out"
+        convert_checkpoint(PARAMS["linear"], out)
+        command = [sys.executable, "-c", SWAP_CUT, PARAMS["mlp"], out, str(renamings)]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+        with pytest.raises(ValueError, match="is there already"):
+            convert_checkpoint(PARAMS["linear"], out)
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        assert AutoModelForCausalLM.from_pretrained(out).config.ttt_layer_type == kind
+
+
 def test_a_conversion_that_runs_is_left_alone_by_another(tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
