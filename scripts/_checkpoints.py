@@ -1,5 +1,6 @@
 """Checkpoints of a training in progress: safetensors and json, written beside and then renamed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -71,6 +72,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     _load_moments(path, model, optimizer)
     torch.set_rng_state(load_file(path / "random.safetensors")["torch"])
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """What tells a model's parameters from others'."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _step(path: Path) -> int:

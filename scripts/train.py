@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from _checkpoints import weights_hash
 from _documents import DocumentStream, open_stream
 from _evaluation import Validation
 from _mix import MixSettings, WindowMix, cached_token_stream
@@ -267,15 +268,6 @@ def new_model(arguments: TrainArguments, vocab_size: int) -> nn.Module:
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
-
-
-def weights_hash(model: nn.Module) -> str:
-    """What tells a model's parameters from others'."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _read_config(config: str) -> dict:
