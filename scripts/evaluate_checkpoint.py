@@ -3,7 +3,7 @@
 python scripts/evaluate_checkpoint.py --model model_cards/ttt-linear-tiny --data <validation> --test_data <test> \\
     --train_data <training> --length 8192 --output model_cards/ttt-linear-tiny/evaluation.json
 
-Beside the json come the same numbers as a table (.csv) and a picture (.png). Run again, it goes on where it was stopped.
+Beside the json come the same numbers as a table (.csv) and a picture (.png). Run again, it goes on where it stopped.
 """
 
 import hashlib
