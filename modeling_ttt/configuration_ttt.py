@@ -1,6 +1,7 @@
 """Configuration of a TTT language model (arXiv 2407.04620)."""
 
 import math
+import sys
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -178,8 +179,8 @@ class TTTConfig(PreTrainedConfig):
         for name in (*positive, "mini_batch_size", "conv_kernel", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.rms_norm_eps <= 0:
-            raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise ValueError(f"rms_norm_eps must be positive and finite, got {self.rms_norm_eps}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         if self.hidden_size % self.num_attention_heads != 0:
@@ -199,9 +200,9 @@ class TTTConfig(PreTrainedConfig):
             raise ValueError(f"initializer_range must not be negative, got {self.initializer_range}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id must lie in 0..{self.vocab_size - 1}, got {self.pad_token_id}")
-        theta = (self.rope_parameters or {}).get("rope_theta")
-        if theta is not None and not theta > 0:
-            raise ValueError(f"rope_theta must be positive, got {theta}")
+        theta = (self.rope_parameters or {}).get("rope_theta", 10000.0)
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < sys.float_info.max:
+            raise ValueError(f"rope_theta must be positive and finite, got {theta!r}")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default":
             raise ValueError(f"rope_parameters['rope_type'] must be 'default', got {rope_type!r}")

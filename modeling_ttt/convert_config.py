@@ -88,7 +88,7 @@ def settings_from_jax(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     Keys that concern its training only (dropout, rematerialisation) say nothing here. ValueError for a sequence block
     other than the TTT ones and when a key is missing that no shape can tell.
     """
-    missing = [name for name in _NEEDED if name not in found]
+    missing = [name for name in _NEEDED if found.get(name) is None]
     if missing:
         raise ValueError(f"{where}: the model configuration lacks {missing}")
     block = found["seq_modeling_block"]

@@ -209,7 +209,7 @@ class TTTModel(TTTPreTrainedModel):
 
     def _run_segment(self, hidden_states: Tensor, grid: TokenGrid, states: list, lr_mults: list, options: dict):
         config, dtype = self.config, scan_dtype(hidden_states.dtype)
-        theta = config.rope_parameters["rope_theta"]
+        theta = float(config.rope_parameters["rope_theta"])
         table = rotary_table(config.mini_batch_size, config.head_dim, theta, dtype, hidden_states.device)
         rotary = table[grid.slot][:, :, None]  # [B or 1, T, 1, f/2]
         found = []
