@@ -29,7 +29,8 @@ def save_checkpoint(
     half-written one.
     """
     path, beside = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}.part"
-    shutil.rmtree(beside, ignore_errors=True)
+    for killed in folder.glob(f".{PREFIX}*.part"):
+        shutil.rmtree(killed)
     beside.mkdir(parents=True)
     names = {parameter: name for name, parameter in model.named_parameters()}
     save_file(_model_tensors(model), beside / "model.safetensors")
