@@ -138,6 +138,18 @@ class TTTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the base class does; a config.json of the official PyTorch code means what it means there.
+
+        That code ran with Transformers 4, this one does not. It has one `ttt_base_lr`, 1.0, for both inner nets, and
+        saves none that is the default; its `use_cache` is off only for want of a cache that works.
+        """
+        if str(config_dict.get("transformers_version")).startswith("4."):
+            kept = {name: value for name, value in config_dict.items() if name != "use_cache" and value is not None}
+            config_dict = {"ttt_base_lr": 1.0, **kept}
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def preset(cls, size: str, **overrides: Any) -> "TTTConfig":
         """A configuration of one of the official sizes, "125m", "350m", "760m" or "1b", with fields replaced."""
         if size not in PRESETS:

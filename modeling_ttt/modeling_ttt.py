@@ -46,6 +46,8 @@ class TTTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TTTBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True
+    # Constants that some versions of the official code saved with the parameters.
+    _keys_to_ignore_on_load_unexpected = [r"seq_modeling_block\.(rotary_emb\.inv_freq|token_idx)$"]
     # At hand on the class for users of a checkpoint's own code, who have no package to import them from.
     clone_cache = staticmethod(clone_cache)
     save_cache = staticmethod(save_cache)
