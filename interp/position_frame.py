@@ -30,7 +30,7 @@ class Frame:
         self.blocks = list(self.decoder.layers)[: model.config.num_hidden_layers]
         self.mixers = {}
         for i, block in enumerate(self.blocks):
-            self.mixers |= {i: module for module in block.modules() if hasattr(module, "tap_readout")}
+            self.mixers.update((i, module) for module in block.modules() if hasattr(module, "tap_readout"))
         if len(self.mixers) != len(mixers(model)):
             raise ValueError(f"{type(model).__name__} must have one TTT layer in each TTT block of its decoder")
         self._piece = slice(0, 0)
@@ -77,7 +77,7 @@ class Frame:
         return found | ({"layer": self[f"{i}.mixer"]} if whole else {})
 
     def unembedding(self, target: LogitTarget) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The target's direction in the residual stream [B, C], its value [B], and what a bias of the head adds [B]."""
+        """The target's direction in the residual stream [B, C], its value [B], and the part of a bias of the head [B]."""
         head, norm = self.model.get_output_embeddings(), self.decoder.norm
         with torch.enable_grad():
             logits = self["logits"].clone().requires_grad_()

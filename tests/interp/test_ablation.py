@@ -5,8 +5,8 @@ import torch
 
 from interp.ablation import erase_curve, learn_without, write_knockout
 from interp.captum_targets import LogitTarget
-from interp.write_gates import span_gates
 from interp.taps import mixers
+from interp.write_gates import span_gates
 from interp.write_subtraction import _read_without
 
 LENGTH = 15
