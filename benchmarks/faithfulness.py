@@ -1,0 +1,190 @@
+"""Compare estimators of write attribution with knock-outs on needle documents: `python -m benchmarks.faithfulness --help`.
+
+    python -m benchmarks.faithfulness --model model_cards/ttt-linear-tiny     # 50 answered documents, 20 to 60 minutes
+    python -m benchmarks.faithfulness --model model_cards/ttt-linear-tiny     # again: goes on where it stopped
+    python -m benchmarks.faithfulness --model model_cards/ttt-linear-tiny --report
+
+Two parts, a line of JSON per document in benchmarks/results/faithfulness-<model>.jsonl. "source": where the highest number
+of each quick estimator lies for every digit of the answer, in documents of 512 tokens. "faithfulness": ranks, top-1
+and areas under erase curves against knock-outs recomputed for every token, for one digit of each document of 160 tokens.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from benchmarks._harness import ROOT
+from interp.faithfulness import ESTIMATORS, TRUTH, agreement, knockout_effects, normalised_aucs
+from interp.loading import load
+from interp.needle import NeedleOptions, needle_documents
+from interp.needle_question import NeedleQuestion, needle_question
+
+__all__ = ["PARTS", "FaithfulnessArguments", "main", "measure", "report"]
+
+PARTS = ("source", "faithfulness")
+QUICK = ("direct logit attribution", "gate gradient", "size of A", "size of share", "embedding gradient x input")
+LENGTHS = {"source": 512, "faithfulness": 160}
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass
+class FaithfulnessArguments:
+    """Which model, how many documents, and where the results lie."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a TTT model that answers needle documents"})
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"some of {PARTS}"})
+    documents: int = field(default=50, metadata={"help": "answered documents per part"})
+    value_length: int = field(default=4, metadata={"help": "hexadecimal digits of the value"})
+    seed: int = field(default=0, metadata={"help": "seed of the documents"})
+    threads: int = field(default=1, metadata={"help": "threads of PyTorch"})
+    report: bool = field(default=False, metadata={"help": "measure nothing, print the tables of the file"})
+    output: str | None = field(default=None, metadata={"help": "file, if not benchmarks/results/faithfulness-*.jsonl"})
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Measure what the file lacks and print its tables; returns the file."""
+    parser = HfArgumentParser(FaithfulnessArguments, description=__doc__.splitlines()[0])
+    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    name = Path(arguments.model).name
+    path = Path(arguments.output or ROOT / "benchmarks" / "results" / f"faithfulness-{name}.jsonl")
+    if not arguments.report:
+        logging.disable_progress_bar()
+        torch.set_num_threads(arguments.threads)
+        model, tokenizer = load(arguments.model)
+        for part in arguments.parts:
+            _measure_part(part, model, tokenizer, path, arguments)
+    print(report(_read(path)))
+    return path
+
+
+def _measure_part(part: str, model: Any, tokenizer: Any, path: Path, arguments: FaithfulnessArguments) -> None:
+    if part not in PARTS:
+        raise ValueError(f"parts must be some of {PARTS}, got {part!r}")
+    settings = {"part": part, "value_length": arguments.value_length, "seed": arguments.seed, "tokens": LENGTHS[part]}
+    done = [row for row in _read(path) if all(row[key] == value for key, value in settings.items())]
+    answered, seen = sum(row["answered"] for row in done), {row["document"] for row in done}
+    with tqdm(total=arguments.documents, initial=answered, desc=part, unit="document", file=sys.stderr) as bar:
+        for index, question in _questions(tokenizer, settings):
+            if answered >= arguments.documents:
+                break
+            if index in seen:
+                continue
+            row = settings | {"document": index, "answered": all(question.answered(model))}
+            if row["answered"]:
+                row |= measure(part, model, question, index)
+                answered += 1
+                bar.update()
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _questions(tokenizer: Any, settings: dict[str, Any]) -> Iterator[tuple[int, NeedleQuestion]]:
+    options = NeedleOptions(depths=DEPTHS, filler="text", value_length=settings["value_length"])
+    limit = {"seq_length": settings["tokens"], "seed": settings["seed"], "options": options}
+    for index, document in zip(count(), needle_documents(tokenizer, max_documents=10**9, **limit), strict=False):
+        yield index, needle_question(document, tokenizer)
+
+
+def measure(part: str, model: Any, question: NeedleQuestion, index: int) -> dict[str, Any]:
+    """What is kept of one answered document."""
+    ids = question.input_ids
+    if part == "source":
+        digits = []
+        for digit, column in enumerate(question.source):
+            target = question.target(digit)
+            tops = {name: int(ESTIMATORS[name](model, ids, target).argmax()) - column for name in QUICK}
+            digits.append(tops)
+        return {"offsets": digits}
+    digit = index % len(question.source)
+    target, source = question.target(digit), [question.source[digit]]
+    truth = knockout_effects(model, ids, target)
+    scores = {name: estimate(model, ids, target) for name, estimate in ESTIMATORS.items()} | {TRUTH: truth}
+    compared = {name: asdict(agreement(s, truth, target.position, source)) for name, s in scores.items()}
+    areas = normalised_aucs(model, ids, scores, target, seed=index)
+    return {"digit": digit, "agreement": compared, "areas": areas}
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The tables of a file of results, in Markdown."""
+    parts = {part: [row for row in rows if row["part"] == part] for part in PARTS}
+    found = []
+    for part, table in (("source", _source_table), ("faithfulness", _faithfulness_table)):
+        answered = [row for row in parts[part] if row["answered"]]
+        if answered:
+            tokens, digits = answered[0]["tokens"], answered[0]["value_length"]
+            head = f"{len(answered)} answered of {len(parts[part])} documents, {tokens} tokens, {digits} digits"
+            found.append(f"{part}: {head}\n\n{table(answered)}")
+    return "\n\n".join(found)
+
+
+def _source_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| highest number | first digit | every digit | on the digit itself |", "|---|---|---|---|"]
+    for name in QUICK:
+        first = [row["offsets"][0][name] in (0, 1) for row in rows]
+        each = [digit[name] in (0, 1) for row in rows for digit in row["offsets"]]
+        own = [digit[name] == 0 for row in rows for digit in row["offsets"]]
+        lines.append(f"| {name} | {_share(first)} | {_share(each)} | {_share(own)} |")
+    return "\n".join(lines)
+
+
+def _faithfulness_table(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0]["agreement"])
+    lines = [
+        "| estimator | Spearman | Pearson | top-1 on the digit | top-1 as knock-out | deletion | insertion |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        rank, linear = (_mean([row["agreement"][name][key] for row in rows]) for key in ("rank", "linear"))
+        found, same = (_share([row["agreement"][name][key] for row in rows]) for key in ("found", "same_top"))
+        deletion, insertion = (_mean([row["areas"][name][kind] for row in rows]) for kind in ("deletion", "insertion"))
+        lines.append(f"| {name} | {rank} | {linear} | {found} | {same} | {deletion} | {insertion} |")
+    bands = [_band([v for row in rows for v in row["areas"]["random"][kind]]) for kind in ("deletion", "insertion")]
+    lines.append(f"| random order (middle 95 % of orders) | | | | | {bands[0]} | {bands[1]} |")
+    return "\n".join(lines)
+
+
+def _share(values: Sequence[bool]) -> str:
+    """k of n and Wilson's 95% interval."""
+    low, high = binomtest(sum(values), len(values)).proportion_ci(method="wilson")
+    return f"{sum(values)} of {len(values)} [{low:.2f}, {high:.2f}]"
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Mean and 95% bootstrap interval over documents."""
+    values = np.asarray(values)
+    draws = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _band(values: Sequence[float]) -> str:
+    low, middle, high = np.quantile(values, [0.025, 0.5, 0.975])
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file, without a last line that was cut short."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+if __name__ == "__main__":
+    main()
