@@ -5,8 +5,8 @@
     python -m benchmarks.faithfulness --model model_cards/ttt-linear-tiny --report
 
 Two parts, a line of JSON per document in benchmarks/results/faithfulness-<model>.jsonl. "source": where the highest number
-of each quick estimator lies for every digit of the answer, in documents of 512 tokens. "faithfulness": ranks, top-1
-and areas under erase curves against knock-outs recomputed for every token, for one digit of each document of 160 tokens.
+of the quick estimators lies, in documents of 512 tokens. "faithfulness": ranks, top-1
+and areas under erase curves against knock-outs recomputed for every token, in documents of 128 tokens. Both look at one digit of each answer, documents taking the digits in turn.
 """
 
 import json
@@ -34,7 +34,7 @@ __all__ = ["PARTS", "FaithfulnessArguments", "main", "measure", "report"]
 
 PARTS = ("source", "faithfulness")
 QUICK = ("direct logit attribution", "gate gradient", "size of A", "size of share", "embedding gradient x input")
-LENGTHS = {"source": 512, "faithfulness": 160}
+LENGTHS = {"source": 512, "faithfulness": 128}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -98,20 +98,15 @@ def _questions(tokenizer: Any, settings: dict[str, Any]) -> Iterator[tuple[int, 
 
 def measure(part: str, model: Any, question: NeedleQuestion, index: int) -> dict[str, Any]:
     """What is kept of one answered document."""
-    ids = question.input_ids
+    ids, digit = question.input_ids, index % len(question.source)
+    target, source = question.target(digit), question.source[digit]
     if part == "source":
-        digits = []
-        for digit, column in enumerate(question.source):
-            target = question.target(digit)
-            tops = {name: int(ESTIMATORS[name](model, ids, target).argmax()) - column for name in QUICK}
-            digits.append(tops)
-        return {"offsets": digits}
-    digit = index % len(question.source)
-    target, source = question.target(digit), [question.source[digit]]
+        tops = {name: int(ESTIMATORS[name](model, ids, target).argmax()) - source for name in QUICK}
+        return {"digit": digit, "offsets": tops}
     truth = knockout_effects(model, ids, target)
     scores = {name: estimate(model, ids, target) for name, estimate in ESTIMATORS.items()} | {TRUTH: truth}
-    compared = {name: asdict(agreement(s, truth, target.position, source)) for name, s in scores.items()}
-    areas = normalised_aucs(model, ids, scores, target, seed=index)
+    compared = {name: asdict(agreement(s, truth, target.position, [source])) for name, s in scores.items()}
+    areas = normalised_aucs(model, ids, scores, target, steps=8, seed=index)
     return {"digit": digit, "agreement": compared, "areas": areas}
 
 
@@ -129,12 +124,10 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 def _source_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| highest number | first digit | every digit | on the digit itself |", "|---|---|---|---|"]
+    lines = ["| highest number | on the digit or the token behind it | on the digit itself |", "|---|---|---|"]
     for name in QUICK:
-        first = [row["offsets"][0][name] in (0, 1) for row in rows]
-        each = [digit[name] in (0, 1) for row in rows for digit in row["offsets"]]
-        own = [digit[name] == 0 for row in rows for digit in row["offsets"]]
-        lines.append(f"| {name} | {_share(first)} | {_share(each)} | {_share(own)} |")
+        near, own = (_share([row["offsets"][name] in places for row in rows]) for places in ((0, 1), (0,)))
+        lines.append(f"| {name} | {near} | {own} |")
     return "\n".join(lines)
 
 
