@@ -1,12 +1,13 @@
-"""Compare estimators of write attribution with knock-outs on needle documents: `python -m benchmarks.faithfulness --help`.
+"""Compare estimators of write attribution with knock-outs: `python -m benchmarks.faithfulness --help`.
 
     python -m benchmarks.faithfulness --model model_cards/ttt-linear-tiny     # 50 answered documents, 20 to 60 minutes
     python -m benchmarks.faithfulness --model model_cards/ttt-linear-tiny     # again: goes on where it stopped
     python -m benchmarks.faithfulness --model model_cards/ttt-linear-tiny --report
 
-Two parts, a line of JSON per document in benchmarks/results/faithfulness-<model>.jsonl. "source": where the highest number
-of the quick estimators lies, in documents of 512 tokens. "faithfulness": ranks, top-1
-and areas under erase curves against knock-outs recomputed for every token, in documents of 128 tokens. Both look at one digit of each answer, documents taking the digits in turn.
+Two parts, a line of JSON per needle document in benchmarks/results/faithfulness-<model>.jsonl. "source": where the
+highest number of the quick estimators lies, in documents of 512 tokens. "faithfulness": ranks, top-1 and areas under
+erase curves against knock-outs recomputed for every token, in documents of 128 tokens. Both look at one digit of each
+answer, documents taking the digits in turn.
 """
 
 import json

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interp.captum_targets import LogitTarget, as_rows, choose_writes
+from interp.freezing import ttt_layers
 from interp.write_gates import Spans, WriteGateModel, checked_spans
 from interp.write_subtraction import subtracted_writes
 
-__all__ = ["EraseCurve", "KnockoutResult", "erase_curve", "learn_without", "write_knockout"]
+__all__ = ["EraseCurve", "KnockoutResult", "erase_curve", "freeze_effects", "learn_without", "write_knockout"]
 
 PIECE_TOKENS = 2048
 MODES = ("recompute", "subtract")
@@ -109,6 +110,25 @@ def write_knockout(
     if target is None:
         baseline, knocked = (_spread(x, columns, length) for x in (baseline, knocked))
     return KnockoutResult(tuple(checked), mode, baseline, knocked)
+
+
+def freeze_effects(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    layers: Sequence[int] | None = None,
+    attention_mask: Tensor | None = None,
+) -> tuple[list[int], Tensor]:
+    """What freezing each layer by itself (None: every TTT layer) does to the surprisal of every token of a document.
+
+    Absolute indices of the layers, and surprisal with the layer at W_0 less surprisal as it is, [layers, T], nats;
+    positive where its learning helped; NaN for the first token and for padding.
+    """
+    ids, mask = as_rows(input_ids, attention_mask)
+    layers = ttt_layers(model.config) if layers is None else list(layers)
+    whole = [(0, ids.shape[1])]
+    found = [write_knockout(model, ids, whole, layers=[i], attention_mask=mask).effect for i in layers]
+    return layers, -torch.cat(found)
 
 
 class _Run:

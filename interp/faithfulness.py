@@ -83,7 +83,7 @@ class Agreement:
 
 
 def agreement(scores: Tensor, effects: Tensor, position: int, source: Sequence[int]) -> Agreement:
-    """Compare scores [T] with knock-out effects [T] up to `position`; `source` are the columns that told the answer."""
+    """Compare scores [T] with knock-out effects [T] up to `position`; the columns `source` told the answer."""
     a, b = (x[: position + 1].double().numpy() for x in (scores, effects))
     top = int(a.argmax())
     constant = np.ptp(a) == 0 or np.ptp(b) == 0

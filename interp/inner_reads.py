@@ -1,12 +1,14 @@
 """What a read of a TTT layer gets from every write: the exact arithmetic of one layer, on recorded factors.
 
-A write is per inner map an outer product -rate * [x; 1] (x) g, so a read at input a gets -rate * (a . x + 1) * g of it.
-For a net of one map that is all. With two maps (TTT-MLP) the sum over writes is exact, the share of each a convention.
+A write is per inner map an outer product -rate * [x; 1] (x) g, so a read at input a gets -rate * (a . x + 1) * g from
+it. For a net of one map that is all. With two maps (TTT-MLP) the sum over writes is exact, the share of each a
+convention:
 
-`gelu_rule` says how the GELU between the maps is made linear: "rescale" takes the secant between the read at W_0 and the
-read as it is (DeepLIFT, arXiv 1704.02685), "gradient" the slope at the read as it is, which leaves a curvature over.
-`interaction` says who gets the product of what both maps learnt: "first" the writes to map 2, as if map 1 had learnt
-first and been read through W_0 of map 2; "second" the writes to map 1, the other way round; "shapley" half each.
+`gelu_rule` says how the GELU between the maps is made linear: "rescale" takes the secant between the read at W_0 and
+the read as it is (DeepLIFT, arXiv 1704.02685), "gradient" the slope at the read as it is, which leaves a curvature
+over. `interaction` says who gets the product of what both maps learnt: "first" the writes to map 2, as if map 1 had
+learnt first and been read through W_0 of map 2; "second" the writes to map 1, the other way round; "shapley" half
+each.
 """
 
 from collections.abc import Iterator

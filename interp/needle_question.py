@@ -64,6 +64,8 @@ def needle_question(document: Document, tokenizer: Any) -> NeedleQuestion:
 def _digits(tokenizer: Any) -> tuple[int, ...]:
     """The ids of the 16 hexadecimal digits; ValueError unless each is a token."""
     found = [tokenizer(f"={digit}", add_special_tokens=False)["input_ids"][-1] for digit in "0123456789abcdef"]
-    if len(set(found)) != 16 or any(tokenizer.decode([i]) != d for i, d in zip(found, "0123456789abcdef", strict=True)):
+    if len(set(found)) != 16 or any(
+        tokenizer.decode([i]) != d for i, d in zip(found, "0123456789abcdef", strict=True)
+    ):
         raise ValueError("the tokenizer must have a token for each of the 16 hexadecimal digits")
     return tuple(found)

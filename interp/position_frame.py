@@ -77,7 +77,7 @@ class Frame:
         return found | ({"layer": self[f"{i}.mixer"]} if whole else {})
 
     def unembedding(self, target: LogitTarget) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The target's direction in the residual stream [B, C], its value [B], and the part of a bias of the head [B]."""
+        """The target's direction in the residual stream [B, C], its value [B], and the part of the head's bias [B]."""
         head, norm = self.model.get_output_embeddings(), self.decoder.norm
         with torch.enable_grad():
             logits = self["logits"].clone().requires_grad_()

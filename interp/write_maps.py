@@ -1,7 +1,7 @@
 """Write to read, write to write, and what a write does for the inner loss: exact matrices of one layer, row by row.
 
-Rows are reading (or later) tokens, columns writing ones. A full matrix is T x T per head: ask for the rows that matter,
-or take `iterate_rows`; `interp.pooled_maps` needs no matrix at all.
+Rows are reading (or later) tokens, columns writing ones. A full matrix is T x T per head: ask for the rows that
+matter, or take `iterate_rows`; `interp.pooled_maps` needs no matrix at all.
 """
 
 from collections.abc import Iterator, Sequence

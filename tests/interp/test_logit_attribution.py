@@ -1,4 +1,4 @@
-"""Direct logit attribution: the parts sum to the logit, and each write's part is what the frozen path loses with it."""
+"""Direct logit attribution: parts sum to the logit, and a write's part is what the frozen path loses with it."""
 
 import pytest
 import torch
