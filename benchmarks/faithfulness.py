@@ -5,8 +5,8 @@
     python -m benchmarks.faithfulness --model model_cards/ttt-linear-tiny --report
 
 Two parts, a line of JSON per needle document in benchmarks/results/faithfulness-<model>.jsonl. "source": where the
-highest number of the quick estimators lies, in documents of 512 tokens. "faithfulness": ranks, top-1 and areas under
-erase curves against knock-outs recomputed for every token, in documents of 128 tokens. Both look at one digit of each
+highest number of the quick estimators lies, in documents of 256 tokens. "faithfulness": ranks, top-1 and areas under
+erase curves against knock-outs recomputed for every token, in documents of 96 tokens. Both look at one digit of each
 answer, documents taking the digits in turn.
 """
 
@@ -35,7 +35,7 @@ __all__ = ["PARTS", "FaithfulnessArguments", "main", "measure", "report"]
 
 PARTS = ("source", "faithfulness")
 QUICK = ("direct logit attribution", "gate gradient", "size of A", "size of share", "embedding gradient x input")
-LENGTHS = {"source": 512, "faithfulness": 128}
+LENGTHS = {"source": 256, "faithfulness": 96}
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -107,7 +107,7 @@ def measure(part: str, model: Any, question: NeedleQuestion, index: int) -> dict
     truth = knockout_effects(model, ids, target)
     scores = {name: estimate(model, ids, target) for name, estimate in ESTIMATORS.items()} | {TRUTH: truth}
     compared = {name: asdict(agreement(s, truth, target.position, [source])) for name, s in scores.items()}
-    areas = normalised_aucs(model, ids, scores, target, steps=8, seed=index)
+    areas = normalised_aucs(model, ids, scores, target, seed=index)
     return {"digit": digit, "agreement": compared, "areas": areas}
 
 

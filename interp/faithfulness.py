@@ -47,7 +47,7 @@ ESTIMATORS: dict[str, Callable[[Any, Tensor, LogitTarget], Tensor]] = {
     "direct logit attribution": lambda model, ids, target: direct_logit_attribution(model, ids, target).tokens[0],
     "gate gradient": lambda model, ids, target: gate_gradient(model, ids, target)[0].sum((0, 1)),
     "gate integrated gradients": lambda model, ids, target: gate_integrated_gradients(
-        model, ids, target, n_steps=32, rows=16
+        model, ids, target, n_steps=16, rows=16
     )[0][0].sum((0, 1)),
     "size of A": _coefficients,
     "size of share": _share_norms,
@@ -58,7 +58,7 @@ ESTIMATORS: dict[str, Callable[[Any, Tensor, LogitTarget], Tensor]] = {
 """Per name a function (model, ids [T], target) -> a number per token [T]. All but the sizes are signed."""
 
 
-def knockout_effects(model: Any, input_ids: Tensor, target: LogitTarget, rows: int = 16) -> Tensor:
+def knockout_effects(model: Any, input_ids: Tensor, target: LogitTarget, rows: int = 32) -> Tensor:
     """The target less what it is without the writes of one token, for every token [T]."""
     used = int(target.columns(1, len(input_ids))[0]) + 1
     found = write_knockout(model, input_ids, [(s, s + 1) for s in range(used)], target=target, rows=rows)
@@ -98,8 +98,8 @@ def normalised_aucs(
     scores: dict[str, Tensor],
     target: LogitTarget,
     *,
-    steps: int = 10,
-    random_orders: int = 3,
+    steps: int = 6,
+    random_orders: int = 2,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Area under deletion and insertion curves by estimator, 0 the target with no write and 1 with all.
@@ -111,7 +111,7 @@ def normalised_aucs(
         for i, (name, values) in enumerate(scores.items()):
             orders = random_orders if i == 0 else 0
             curve = erase_curve(
-                model, input_ids, values, target, kind=kind, steps=steps, random_orders=orders, seed=seed, rows=16
+                model, input_ids, values, target, kind=kind, steps=steps, random_orders=orders, seed=seed, rows=32
             )
             full, none = curve.values[[0, -1]] if kind == "deletion" else curve.values[[-1, 0]]
             areas[name][kind] = float((curve.auc - none) / (full - none))
