@@ -4,6 +4,8 @@
     python -m benchmarks.faithfulness --model model_cards/ttt-linear-tiny     # again: goes on where it stopped
     python -m benchmarks.faithfulness --model model_cards/ttt-linear-tiny --report
 
+With --parts source --tokens 1024 that part is measured on longer documents besides.
+
 Two parts, a line of JSON per needle document in benchmarks/results/faithfulness-<model>.jsonl. "source": where the
 highest number of the quick estimators lies, in documents of 256 tokens. "faithfulness": ranks, top-1 and areas under
 erase curves against knock-outs recomputed for every token, in documents of 96 tokens. Both look at one digit of each
@@ -46,6 +48,7 @@ class FaithfulnessArguments:
     model: str = field(metadata={"help": "folder or Hub id of a TTT model that answers needle documents"})
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"some of {PARTS}"})
     documents: int = field(default=50, metadata={"help": "answered documents per part"})
+    tokens: int | None = field(default=None, metadata={"help": f"tokens of a document, if not those of {LENGTHS}"})
     value_length: int = field(default=4, metadata={"help": "hexadecimal digits of the value"})
     seed: int = field(default=0, metadata={"help": "seed of the documents"})
     threads: int = field(default=1, metadata={"help": "threads of PyTorch"})
@@ -72,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def _measure_part(part: str, model: Any, tokenizer: Any, path: Path, arguments: FaithfulnessArguments) -> None:
     if part not in PARTS:
         raise ValueError(f"parts must be some of {PARTS}, got {part!r}")
-    settings = {"part": part, "value_length": arguments.value_length, "seed": arguments.seed, "tokens": LENGTHS[part]}
+    settings = {"part": part, "value_length": arguments.value_length, "seed": arguments.seed}
+    settings["tokens"] = LENGTHS[part] if arguments.tokens is None else arguments.tokens
     done = [row for row in _read(path) if all(row[key] == value for key, value in settings.items())]
     answered, seen = sum(row["answered"] for row in done), {row["document"] for row in done}
     with tqdm(total=arguments.documents, initial=answered, desc=part, unit="document", file=sys.stderr) as bar:
@@ -113,14 +117,16 @@ def measure(part: str, model: Any, question: NeedleQuestion, index: int) -> dict
 
 def report(rows: list[dict[str, Any]]) -> str:
     """The tables of a file of results, in Markdown."""
-    parts = {part: [row for row in rows if row["part"] == part] for part in PARTS}
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in ("part", "tokens", "value_length", "seed")), []).append(row)
     found = []
-    for part, table in (("source", _source_table), ("faithfulness", _faithfulness_table)):
-        answered = [row for row in parts[part] if row["answered"]]
+    for (part, tokens, digits, _), group in groups.items():
+        answered = [row for row in group if row["answered"]]
         if answered:
-            tokens, digits = answered[0]["tokens"], answered[0]["value_length"]
-            head = f"{len(answered)} answered of {len(parts[part])} documents, {tokens} tokens, {digits} digits"
-            found.append(f"{part}: {head}\n\n{table(answered)}")
+            table = (_source_table if part == "source" else _faithfulness_table)(answered)
+            head = f"{len(answered)} answered of {len(group)} documents, {tokens} tokens, {digits} digits"
+            found.append(f"{part}: {head}\n\n{table}")
     return "\n\n".join(found)
 
 
