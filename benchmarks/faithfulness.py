@@ -90,8 +90,7 @@ def _measure_part(part: str, model: Any, tokenizer: Any, path: Path, arguments: 
                 row |= measure(part, model, question, index)
                 answered += 1
                 bar.update()
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            _append(path, row)
 
 
 def _questions(tokenizer: Any, settings: dict[str, Any]) -> Iterator[tuple[int, NeedleQuestion]]:
@@ -173,8 +172,17 @@ def _band(values: Sequence[float]) -> str:
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
+def _append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row, on a line of its own also behind one that was cut short."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            file.write(b"" if file.read(1) == b"\n" else b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file, without a last line that was cut short."""
+    """Rows of a file, without lines that were cut short."""
     if not path.exists():
         return []
     rows = []

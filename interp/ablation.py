@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from interp.captum_targets import LogitTarget, as_rows, choose_writes
 from interp.freezing import ttt_layers
@@ -67,6 +68,7 @@ def write_knockout(
     target: LogitTarget | None = None,
     attention_mask: Tensor | None = None,
     rows: int = 8,
+    progress: bool = False,
 ) -> KnockoutResult:
     """Leave out the writes of one span after another, in chosen layers (absolute indices) and heads (None: all).
 
@@ -98,7 +100,7 @@ def write_knockout(
     knocked = baseline.repeat(len(real), 1)
     order = sorted((i for i, (first, end) in enumerate(real) if first < end), key=lambda i: real[i][0])
     groups = [order[i : i + rows] for i in range(0, len(order), rows)]
-    for group in groups:
+    for group in tqdm(groups, unit="batch", disable=not progress):
         chosen = [real[i] for i in group]
         found = run.recomputed(chosen, *places) if mode == "recompute" else run.subtracted(chosen, *places)
         for i, values in zip(group, found, strict=True):
@@ -293,6 +295,7 @@ def erase_curve(
     seed: int = 0,
     rows: int = 8,
     attention_mask: Tensor | None = None,
+    progress: bool = False,
 ) -> EraseCurve:
     """Knock writes out of one document (deletion) or let them in (insertion), from the highest score down.
 
@@ -322,7 +325,10 @@ def erase_curve(
     orders = [order, *(places[torch.randperm(len(places), generator=generator)] for _ in range(random_orders))]
     done = np.unique(np.linspace(0, len(places), min(steps, len(places)) + 1).round().astype(int))
     gates = _erased(orders, done, scores.shape, full, kind)
-    values = torch.cat([gated(batch).double().cpu() for batch in _stacked(gates, rows)])
+    batches = tqdm(
+        _stacked(gates, rows), total=-(-len(orders) * len(done) // rows), unit="batch", disable=not progress
+    )
+    values = torch.cat([gated(batch).double().cpu() for batch in batches])
     values = values.view(len(orders), len(done)).numpy()
     return EraseCurve(kind, done / len(places), values[0], values[1:])
 

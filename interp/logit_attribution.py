@@ -113,7 +113,7 @@ def direct_logit_attribution(
     if mask is not None and not bool((mask.cpu() != 0).gather(1, positions[:, None]).all()):
         raise ValueError(f"position {target.position} is a padded column")
     used = int(positions.max()) + 1
-    frame = Frame(model, positions)
+    frame = Frame(model, positions, ids.device)
     if ttt_lr_mult is not None and ttt_lr_mult.dim() and ttt_lr_mult.shape[-1] == length:
         ttt_lr_mult = ttt_lr_mult[..., :used]
     border = reset_at[:, :used] if isinstance(reset_at, Tensor) and reset_at.dtype == torch.bool else reset_at

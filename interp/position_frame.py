@@ -13,7 +13,7 @@ __all__ = ["Frame"]
 
 
 class Frame:
-    """Keeps the outputs of modules at the columns `positions` [B] while a text is read piece by piece.
+    """Keeps the outputs of modules at the columns `positions` [B] while a text on `device` is read piece by piece.
 
     `frame[name]` is [B, ...] on the CPU, float32 or float64: "embedding", "logits", "normed" (behind the last norm),
     and per block i "i.block", for a TTT block "i.mixer", "i.mlp", "i.conv", "i.gate" [B, C], "i.q" and "i.readout"
@@ -24,8 +24,8 @@ class Frame:
         ValueError: the model is built in another way.
     """
 
-    def __init__(self, model: Any, positions: Tensor):
-        self.model, self.positions = model, positions
+    def __init__(self, model: Any, positions: Tensor, device: torch.device):
+        self.model, self.positions, self.device = model, positions, device
         self.decoder = _decoder(model)
         self.blocks = list(self.decoder.layers)[: model.config.num_hidden_layers]
         self.mixers = {}
@@ -58,7 +58,7 @@ class Frame:
         """Arguments of a call on some columns: which logits it gives, any for rows whose position is elsewhere."""
         self._piece = piece
         local = (self.positions - piece.start).clamp(0, piece.stop - piece.start - 1)
-        return {"logits_to_keep": local[:, None]}
+        return {"logits_to_keep": local[:, None].to(self.device)}
 
     def see_outputs(self, piece: slice, outputs: Any) -> None:
         """Keep the logits of a call."""
