@@ -107,14 +107,18 @@ def plot_top_writes(data: AttributedText, *, ax: Axes | None = None) -> FigureAx
     for column in data.marked:
         ax.axvline(column + 0.5, color="#c9c9d2", linewidth=1.0, zorder=0)
     reach = np.abs(values).max(initial=0.0) or 1.0
-    for place, (_, entry) in enumerate(data.top(NAMED_WRITES).iterrows()):
+    named: dict[bool, list[int]] = {True: [], False: []}
+    for _, entry in data.top(NAMED_WRITES).iterrows():
         if not entry["contribution"]:
             continue
-        up = entry["contribution"] > 0
+        up = bool(entry["contribution"] > 0)
+        # Labels of neighbours stand above each other.
+        level = sum(abs(entry["column"] - other) < 0.12 * len(values) for other in named[up])
+        named[up].append(entry["column"])
         ax.annotate(
             f"{token_label(entry['token'])} ({int(entry['column'])})",
             (entry["column"] + 0.5, entry["contribution"]),
-            xytext=(6 if entry["column"] < 0.8 * len(values) else -6, (8 + 11 * (place % 3)) * (1 if up else -1)),
+            xytext=(6 if entry["column"] < 0.8 * len(values) else -6, (8 + 11 * level) * (1 if up else -1)),
             textcoords="offset points",
             ha="left" if entry["column"] < 0.8 * len(values) else "right",
             va="bottom" if up else "top",

@@ -90,17 +90,14 @@ def iterate_rows(
         block = rows[start : start + block_rows]
         reads = RowReads(record, xs, record.q[:, :, block], _columns(record, block), gelu_rule, interaction)
         if mode == "coefficient":
-            yield block, reads.coefficients[inner_map - 1]
-        elif mode == "norm":
-            # A row at a time: vectors are f times as large.
-            each = [[block[i]] for i in range(len(block))] if len(block) > 1 else [block]
-            yield block, torch.cat([_norms(record, xs, row, gelu_rule, interaction) for row in each], 2)
-        else:
-            along = relative_direction(reads.base, reads.read) if mode == "relative" else direction
-            yield (
-                block,
-                reads.along(along if mode == "relative" else along[:, :, start : start + len(block)].contiguous()),
-            )
+            found = reads.coefficients[inner_map - 1]
+        elif mode == "relative":
+            found = reads.along(relative_direction(reads.base, reads.read))
+        elif mode == "signed":
+            found = reads.along(direction[:, :, start : start + block_rows])
+        else:  # a row at a time: vectors are f times as large
+            found = torch.cat([_norms(record, xs, [row], gelu_rule, interaction) for row in block], 2)
+        yield block, found
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import pytest
 from benchmarks import faithfulness
 from benchmarks._harness import ROOT
 from benchmarks.faithfulness import QUICK, main, report
+from interp.loading import load_tokenizer
+from interp.needle_question import NeedleQuestion
 
 MODEL = str(ROOT / "model_cards" / "ttt-linear-tiny")
 
@@ -34,6 +36,8 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
         return {"digit": index % 4, "offsets": dict.fromkeys(QUICK, 1)}
 
     monkeypatch.setattr(faithfulness, "measure", measured)
+    monkeypatch.setattr(faithfulness, "load", lambda name: (None, load_tokenizer(name)))
+    monkeypatch.setattr(NeedleQuestion, "answered", lambda question, model: [True])
     options = ["--model", MODEL, "--parts", "source", "--tokens", "96", "--output", str(path), "--documents"]
     main([*options, "1"])
     with path.open("a") as file:

@@ -23,7 +23,7 @@ def attribute(monkeypatch, tmp_path):
 
 
 def test_the_answer_of_a_needle_document_is_traced_to_its_definition(attribute, capsys):
-    folder = attribute("--needle_length", 128, "--knockouts", 3)
+    folder = attribute("--needle_length", 80, "--knockouts", 3)
     out = capsys.readouterr().out
     names = {"writes.csv", "writes_by_head.csv", "parts.csv", "knockouts.csv", "write_map.csv", "attribution.json"}
     assert names | {"top_writes.png", "write_map.png", "attribution.html"} == {f.name for f in folder.iterdir()}
@@ -55,8 +55,8 @@ def test_a_text_and_a_question_are_asked_about(attribute, tmp_path, capsys):
 def test_what_does_not_fit_is_refused_before_anything_is_written(attribute, tmp_path):
     for options, message in (
         (("--answer", "7"), "go with --text"),
-        (("--needle_length", 128, "--needle_digit", 4), r"needle_digit must be in \[0, 4\)"),
-        (("--needle_length", 128, "--gelu_rule", "secant"), "gelu_rule must be one of"),
+        (("--needle_length", 64, "--needle_digit", 4), r"needle_digit must be in \[0, 4\)"),
+        (("--needle_length", 64, "--gelu_rule", "secant"), "gelu_rule must be one of"),
         (("--text", tmp_path / "none.txt"), "cannot be read"),
         (("--knockouts", -1), "knockouts must not be negative"),
     ):
