@@ -13,12 +13,14 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from interp.captum_targets import LogitTarget, as_rows, choose_writes
+from interp.freezing import ttt_layers
 from interp.write_gates import Spans, WriteGateModel, checked_spans
 from interp.write_subtraction import subtracted_writes
 
-__all__ = ["EraseCurve", "KnockoutResult", "erase_curve", "learn_without", "write_knockout"]
+__all__ = ["EraseCurve", "KnockoutResult", "erase_curve", "freeze_effects", "learn_without", "write_knockout"]
 
 PIECE_TOKENS = 2048
 MODES = ("recompute", "subtract")
@@ -66,6 +68,7 @@ def write_knockout(
     target: LogitTarget | None = None,
     attention_mask: Tensor | None = None,
     rows: int = 8,
+    progress: bool = False,
 ) -> KnockoutResult:
     """Leave out the writes of one span after another, in chosen layers (absolute indices) and heads (None: all).
 
@@ -97,7 +100,7 @@ def write_knockout(
     knocked = baseline.repeat(len(real), 1)
     order = sorted((i for i, (first, end) in enumerate(real) if first < end), key=lambda i: real[i][0])
     groups = [order[i : i + rows] for i in range(0, len(order), rows)]
-    for group in groups:
+    for group in tqdm(groups, unit="batch", disable=not progress):
         chosen = [real[i] for i in group]
         found = run.recomputed(chosen, *places) if mode == "recompute" else run.subtracted(chosen, *places)
         for i, values in zip(group, found, strict=True):
@@ -109,6 +112,25 @@ def write_knockout(
     if target is None:
         baseline, knocked = (_spread(x, columns, length) for x in (baseline, knocked))
     return KnockoutResult(tuple(checked), mode, baseline, knocked)
+
+
+def freeze_effects(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    layers: Sequence[int] | None = None,
+    attention_mask: Tensor | None = None,
+) -> tuple[list[int], Tensor]:
+    """What freezing each layer by itself (None: every TTT layer) does to the surprisal of every token of a document.
+
+    Absolute indices of the layers, and surprisal with the layer at W_0 less surprisal as it is, [layers, T], nats;
+    positive where its learning helped; NaN for the first token and for padding.
+    """
+    ids, mask = as_rows(input_ids, attention_mask)
+    layers = ttt_layers(model.config) if layers is None else list(layers)
+    whole = [(0, ids.shape[1])]
+    found = [write_knockout(model, ids, whole, layers=[i], attention_mask=mask).effect for i in layers]
+    return layers, -torch.cat(found)
 
 
 class _Run:
@@ -273,6 +295,7 @@ def erase_curve(
     seed: int = 0,
     rows: int = 8,
     attention_mask: Tensor | None = None,
+    progress: bool = False,
 ) -> EraseCurve:
     """Knock writes out of one document (deletion) or let them in (insertion), from the highest score down.
 
@@ -302,7 +325,10 @@ def erase_curve(
     orders = [order, *(places[torch.randperm(len(places), generator=generator)] for _ in range(random_orders))]
     done = np.unique(np.linspace(0, len(places), min(steps, len(places)) + 1).round().astype(int))
     gates = _erased(orders, done, scores.shape, full, kind)
-    values = torch.cat([gated(batch).double().cpu() for batch in _stacked(gates, rows)])
+    batches = tqdm(
+        _stacked(gates, rows), total=-(-len(orders) * len(done) // rows), unit="batch", disable=not progress
+    )
+    values = torch.cat([gated(batch).double().cpu() for batch in batches])
     values = values.view(len(orders), len(done)).numpy()
     return EraseCurve(kind, done / len(places), values[0], values[1:])
 

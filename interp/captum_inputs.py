@@ -1,6 +1,7 @@
 """Which inputs raised a number: Captum's input methods on a TTT model through one function.
 
-The number is a logit (`LogitsFromEmbeddings`) or how hard the model learnt from a token (`PlasticityTarget`).
+The number is a logit (`LogitsFromEmbeddings`), the loss of the text (`LossFromEmbeddings`) or how hard the model
+learnt from a token (`PlasticityTarget`).
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from captum.attr import (
 )
 from torch import Tensor, nn
 
-from interp.captum_targets import LogitsFromEmbeddings, PlasticityTarget, as_rows
+from interp.captum_targets import LogitsFromEmbeddings, LossFromEmbeddings, PlasticityTarget, as_rows
 
 __all__ = ["METHODS", "InputAttribution", "baseline_embedding", "input_attribution"]
 
@@ -53,7 +54,7 @@ class InputAttribution:
 
 
 def input_attribution(
-    target: LogitsFromEmbeddings | PlasticityTarget,
+    target: LogitsFromEmbeddings | LossFromEmbeddings | PlasticityTarget,
     input_ids: Tensor,
     method: str = "IntegratedGradients",
     *,

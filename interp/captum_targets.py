@@ -1,6 +1,6 @@
-"""What an attribution explains, as modules that give one number per row: a logit, or how hard the model learns.
+"""What an attribution explains, as modules that give one number per row: a logit, a loss, how hard the model learns.
 
-Both read input embeddings [N, T, C], so that any Captum method that perturbs or differentiates an input takes them.
+They read input embeddings [N, T, C], so that any Captum method that perturbs or differentiates an input takes them.
 Rows beyond the B documents are further versions of them, as Captum makes them: row n belongs to document n % B.
 """
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from interp.freezing import ttt_layers
 
-__all__ = ["LogitTarget", "LogitsFromEmbeddings", "PlasticityTarget", "as_rows"]
+__all__ = ["LogitTarget", "LogitsFromEmbeddings", "LossFromEmbeddings", "PlasticityTarget", "as_rows"]
 
 
 def as_rows(input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -137,6 +138,44 @@ class LogitsFromEmbeddings(_FromEmbeddings):
         columns = repeat_rows("position", columns[:, None], rows).to(embeddings.device)
         outputs = self.run(embeddings, logits_to_keep=columns, output_plasticity=False)
         return self.target.read(outputs.logits[:, 0])
+
+
+class LossFromEmbeddings(_FromEmbeddings):
+    """The mean surprisal of a text's tokens (nats per token) as a function of its embeddings, [N, T, C] -> [N].
+
+    `labels` [T] or [B, T] are the tokens that were read, -100 for those that shall not count; each is predicted from
+    the ones before it, so the first never counts. Masked tokens do not count either.
+
+    Raises:
+        ValueError: a text has no token that counts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        ttt_lr_mult: Tensor | None = None,
+    ):
+        labels, attention_mask = as_rows(labels, attention_mask)
+        super().__init__(model, attention_mask, ttt_lr_mult)
+        told = labels[:, 1:]
+        if attention_mask is not None:
+            # A token counts when it and some token before it are real.
+            seen = attention_mask.cumsum(1)[:, :-1] > 0
+            told = told.masked_fill(~(seen & (attention_mask[:, 1:] != 0)), -100)
+        if not bool((told != -100).any(1).all()):
+            raise ValueError("labels must hold a token that counts behind the first in every row")
+        self.told = told
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """The mean surprisal of every row."""
+        logits = self.run(embeddings, output_plasticity=False).logits[:, :-1]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        told = repeat_rows("labels", self.told, len(logits)).to(logits.device)
+        losses = F.cross_entropy(logits.transpose(1, 2), told, reduction="none", ignore_index=-100)
+        return losses.sum(1) / (told != -100).sum(1)
 
 
 class PlasticityTarget(_FromEmbeddings):

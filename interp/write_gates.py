@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from interp.captum_targets import LogitTarget, as_rows, choose_writes, repeat_multiplier, repeat_rows
 
@@ -111,6 +112,7 @@ def gate_integrated_gradients(
     rows: int = 8,
     attention_mask: Tensor | None = None,
     base: Tensor | None = None,
+    progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Integrated gradients over the gates from `baseline` to 1: attributions [B, L, H, T] and their error [B].
 
@@ -125,7 +127,8 @@ def gate_integrated_gradients(
     ones = gated.open_gates()
     change = 1 - baseline
     total = torch.zeros_like(ones, dtype=torch.float64)
-    for node, weight in zip((nodes + 0.5).split(rows), weights.split(rows), strict=True):
+    batches = list(zip((nodes + 0.5).split(rows), weights.split(rows), strict=True))
+    for node, weight in tqdm(batches, unit="batch", disable=not progress):
         gates = torch.cat([ones * (baseline + change * x) for x in node.tolist()])
         gradient = _gradient(gated, gates)[0].double().view(len(node), *ones.shape)
         total += (gradient * weight.view(-1, 1, 1, 1, 1)).sum(0)

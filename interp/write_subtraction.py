@@ -12,15 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["mixers", "subtracted_writes"]
+from interp.taps import mixers
 
-
-def mixers(model: nn.Module) -> list[Any]:
-    """The TTT layers of a model in order, known by their taps; ValueError when it has none."""
-    found = [module for module in model.modules() if hasattr(module, "tap_readout")]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no module with a tap_readout: not a TTT model")
-    return found
+__all__ = ["subtracted_writes"]
 
 
 @contextmanager

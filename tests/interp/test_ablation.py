@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from interp.ablation import erase_curve, learn_without, write_knockout
+from interp.ablation import erase_curve, freeze_effects, learn_without, write_knockout
 from interp.captum_targets import LogitTarget
+from interp.taps import mixers
 from interp.write_gates import span_gates
-from interp.write_subtraction import _read_without, mixers
+from interp.write_subtraction import _read_without
 
 LENGTH = 15
 TARGET = LogitTarget(12, 5, [6, 7])
@@ -123,6 +124,18 @@ def test_a_logit_target_is_the_ablation_over_gates(model, ids):
         theirs = FeatureAblation(gated).attribute(ones, feature_mask=features)
         torch.testing.assert_close(found.total, theirs[0, 1, 0], rtol=0, atol=1e-10)
     assert (found.effect[13:] == 0).all()
+
+
+def test_the_effect_of_freezing_a_layer_is_that_of_two_forward_passes(model, ids):
+    layers, effects = freeze_effects(model, ids)
+    assert layers == [0, 1] and effects.shape == (2, LENGTH) and effects[:, 0].isnan().all()
+    with torch.no_grad():
+        full = surprisal(model(ids).logits, ids)[0]
+        for layer in layers:
+            model.config.frozen_layers = [layer]
+            frozen = surprisal(model(ids).logits, ids)[0]
+            torch.testing.assert_close(effects[layer, 1:], frozen - full, rtol=0, atol=1e-10)
+    assert effects[:, 1:].abs().max() > 1e-6
 
 
 def test_padding_is_set_aside(model, ids):

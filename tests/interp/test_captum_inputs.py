@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from interp.captum_inputs import METHODS, baseline_embedding, input_attribution
-from interp.captum_targets import LogitsFromEmbeddings, LogitTarget, PlasticityTarget
+from interp.captum_targets import LogitsFromEmbeddings, LogitTarget, LossFromEmbeddings, PlasticityTarget
 
 LENGTH = 9
 
@@ -72,6 +72,29 @@ def test_saliency_is_the_norm_of_the_gradient(model, ids):
     torch.testing.assert_close(found.tokens, gradient.norm(dim=-1))
     columns, values = found.top(3)
     assert values[0].tolist() == sorted(found.tokens[0].tolist(), reverse=True)[:3] and columns.shape == (1, 3)
+
+
+def test_the_influence_of_a_token_on_the_loss_is_the_norm_of_the_gradient(model, ids):
+    embed = model.get_input_embeddings()
+    inputs = embed(ids).detach().requires_grad_()
+    loss = model(inputs_embeds=inputs, labels=ids).loss
+    target = LossFromEmbeddings(model, ids)
+    torch.testing.assert_close(target(inputs)[0], loss)
+    found = input_attribution(target, ids, "Saliency")
+    torch.testing.assert_close(found.tokens, torch.autograd.grad(loss, inputs)[0].norm(dim=-1))
+    columns, values = found.top(10)
+    assert columns.shape == (1, LENGTH) and (values.diff() <= 0).all() and values.isfinite().all()
+
+
+def test_the_loss_of_a_padded_text_is_that_of_the_text_alone(model):
+    ids, mask = torch.randint(0, 64, (2, LENGTH)), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :4] = 0
+    embed = model.get_input_embeddings()
+    both = LossFromEmbeddings(model, ids, attention_mask=mask)(embed(ids))
+    alone = LossFromEmbeddings(model, ids[1, 4:])(embed(ids[1:, 4:]))
+    torch.testing.assert_close(both[1:], alone)
+    with pytest.raises(ValueError, match="labels must hold a token that counts"):
+        LossFromEmbeddings(model, torch.tensor([[3, -100]]))
 
 
 def test_ablation_is_a_run_with_the_baseline_in_place_of_a_token(model, ids):

@@ -91,6 +91,23 @@ def test_integrated_gradients_are_those_of_captum(model, ids):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)  # Captum rounds the nodes to float32
 
 
+@pytest.mark.parametrize("method", ["ShapleyValueSampling", "Occlusion", "GradientShap"])
+def test_any_perturbation_or_gradient_method_takes_the_gates(tiny_config, method):
+    import captum.attr
+
+    from modeling_ttt import TTTForCausalLM
+
+    model, ids = TTTForCausalLM(tiny_config).eval(), torch.randint(0, 64, (1, 6))
+    gated, gates = WriteGateModel(model, ids, LogitTarget(5, 5, 6)), torch.ones(1, 6)
+    options = {
+        "Occlusion": {"sliding_window_shapes": (2,)},
+        "GradientShap": {"baselines": torch.zeros(1, 6)},
+        "ShapleyValueSampling": {"n_samples": 2},
+    }
+    found = getattr(captum.attr, method)(gated).attribute(gates, **options[method])
+    assert found.shape == gates.shape and found.isfinite().all() and untouched(model)
+
+
 def test_documents_of_a_padded_batch_do_as_alone(model):
     ids = torch.randint(0, 64, (2, LENGTH))
     mask = torch.ones_like(ids)
