@@ -11,8 +11,8 @@ from .inner_net import INNER_NETS, InnerNet
 
 __all__ = ["BACKEND_NAMES", "PRESETS", "TTTConfig"]
 
-BACKEND_NAMES = ("auto", "triton", "chunked", "reference")
-"""Ways to compute the inner loop; "auto" is the first of the others that serves a call."""
+BACKEND_NAMES = ("auto", "triton", "chunked", "native", "reference")
+"""Ways to compute the inner loop."""
 
 PRESETS = {
     "125m": {
