@@ -74,6 +74,15 @@ int padded(int64_t width) {
 
 // ------------------------------------------------------------------ small matrix products
 
+// Compilers would rather load a vector again for every row that it is multiplied with.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define KEEP_IN_REGISTER(v) asm("" : "+x"(v))
+#elif defined(__aarch64__) && defined(__GNUC__)
+#define KEEP_IN_REGISTER(v) asm("" : "+w"(v))
+#else
+#define KEEP_IN_REGISTER(v)
+#endif
+
 template <class T, int ROWS, int VECTORS>
 inline void tile(int depth, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t ldb, T* c, int64_t ldc,
                  bool add, T alpha) {
@@ -82,7 +91,10 @@ inline void tile(int depth, const T* a, int64_t a_row, int64_t a_step, const T* 
   vec sum[ROWS][VECTORS] = {};
   for (int p = 0; p < depth; ++p) {
     vec right[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) right[j] = *(const vec*)(b + p * ldb + j * n);
+    for (int j = 0; j < VECTORS; ++j) {
+      right[j] = *(const vec*)(b + p * ldb + j * n);
+      KEEP_IN_REGISTER(right[j]);
+    }
     for (int i = 0; i < ROWS; ++i) {
       const T left = a[i * a_row + p * a_step];
       for (int j = 0; j < VECTORS; ++j) sum[i][j] += left * right[j];
@@ -790,6 +802,7 @@ struct Backward : Task<T> {
       T *r = row + t * ld, *out = dz[last] + t * ld, *upstream = room;
       norm_backward<T>(f, v, normed, rstd, r);
       T along = 0;
+#pragma omp simd reduction(+ : along)
       for (int j = 0; j < f; ++j) along += (residual[j] + ln_weight[j] * ln_weight[j] * normed[j]) * normed[j];
       along *= rstd / f;
       for (int j = 0; j < f; ++j) upstream[j] = ln_weight[j] * ln_weight[j] * r[j];

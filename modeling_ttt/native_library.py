@@ -23,7 +23,10 @@ logger = logging.get_logger(__name__)
 
 SOURCE = Path(__file__).with_name("inner_loop.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-COMMON_FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+COMMON_FLAGS = (
+    *("-std=gnu++17", "-O3", "-fPIC", "-shared"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"),
+)
 # In the order in which they are tried: a compiler may know none of the processor's names, or have no OpenMP.
 VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 
@@ -58,7 +61,10 @@ def load_library() -> tuple[NativeLibrary | None, str]:
         return None, f"{SOURCE.name} is not beside its module (a checkpoint's own code comes without it)"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
     if compiler is None:
-        return None, f"it is compiled on first use and there is no C++ compiler: none of {', '.join(COMPILERS)} is found"
+        return (
+            None,
+            f"it is compiled on first use and there is no C++ compiler: none of {', '.join(COMPILERS)} is found",
+        )
     try:
         path = _folder() / f"inner_loop-{_key(compiler)}.so"
         if not path.is_file():

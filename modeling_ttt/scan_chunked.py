@@ -12,7 +12,7 @@ from torch import Tensor
 from .chunked_backward import backward
 from .chunked_forward import forward
 from .dual_scan import Passes, is_differentiable, plasticity_of, scan_dual
-from .inner_net import Weights, forward_chain, output_gradients
+from .inner_net import Weights, forward_chain, multiply, output_gradients
 from .objective import reconstruction_gradient, scaled_residual
 from .ttt_state import ScanInputs, ScanOutput, TTTState
 
@@ -48,6 +48,10 @@ def within_mini_batch(inputs: ScanInputs) -> ScanOutput:
     grid, state = inputs.grid, inputs.start()
     batch, heads, n, _ = inputs.q.shape
     first, stop, size = grid.phase, grid.phase + n, inputs.tau.shape[0]
+
+    def unflat(pairs: Weights) -> Weights:
+        return [(a.view(batch, heads, *a.shape[1:]), b.view(batch, heads, *b.shape[1:])) for a, b in pairs]
+
     weights = [(w.flatten(0, 1), b.flatten(0, 1)) for w, b in state.weights]
     q, k, v = (t.flatten(0, 1) for t in (inputs.q, inputs.k, inputs.v))  # [N, n, f]
     ln_weight, ln_bias = inputs.ln_weight[:, None], inputs.ln_bias[:, None]  # [H, 1, f]
@@ -65,27 +69,28 @@ def within_mini_batch(inputs: ScanInputs) -> ScanOutput:
         for pair, new_x, new_g in zip(state.rows, xs, gs, strict=True)
     ]
     z = _read_rows(weights, rows, q, inputs.tau[first:stop, None], stop)
+    # Unless they move, the weights of the new state are those of the old one and no view of them.
+    new_weights = state.weights
     if stop == size:
-        weights = [_folded(pair, row, inputs.tau[-1]) for pair, row in zip(weights, rows, strict=True)]
+        new_weights = unflat([_folded(pair, row, inputs.tau[-1]) for pair, row in zip(weights, rows, strict=True)])
         rows = [(torch.zeros_like(x), torch.zeros_like(g)) for x, g in rows]
     plasticity = None
     if inputs.want_plasticity:
         plasticity = plasticity_of(inputs, gradient_norm(xs, gs).view(batch, heads, n))
-
-    def unflat(pairs: Weights) -> Weights:
-        return [(a.view(batch, heads, *a.shape[1:]), b.view(batch, heads, *b.shape[1:])) for a, b in pairs]
-
-    return ScanOutput(z.view(inputs.q.shape), TTTState(unflat(weights), unflat(rows)), plasticity)
+    return ScanOutput(z.view(inputs.q.shape), TTTState(new_weights, unflat(rows)), plasticity)
 
 
 def _read_rows(weights: Weights, rows: Weights, x: Tensor, tau: Tensor, stop: int) -> Tensor:
     """The net at the last n slots before `stop`, x [N, n, f], each with W - tau_t * (its own and earlier writes)."""
     for i, ((weight, bias), (writer, g)) in enumerate(zip(weights, rows, strict=True)):
         x = F.gelu(x, approximate="tanh") if i else x
-        scores = torch.bmm(x, writer[:, :stop].mT).add_(1).mul_(tau)  # the 1 carries the bias
+        scores = multiply(x, writer[:, :stop].mT).add_(1).mul_(tau)  # the 1 carries the bias
         if x.shape[1] > 1:
             scores = scores.tril_(stop - x.shape[1])
-        x = torch.baddbmm(bias, x, weight).baddbmm_(scores, g[:, :stop], alpha=-1)
+        if torch.compiler.is_compiling():
+            x = multiply(x, weight) + bias - multiply(scores, g[:, :stop])
+        else:
+            x = torch.baddbmm(bias, x, weight).baddbmm_(scores, g[:, :stop], alpha=-1)
     return x
 
 

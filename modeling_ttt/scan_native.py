@@ -7,9 +7,11 @@ from torch import Tensor
 
 from .chunked_forward import ForwardResult, Layout, Operands
 from .dual_scan import Passes, is_differentiable, scan_dual
+from .inner_net import INNER_NETS
 from .native_call import MAX_DEPTH, backward_pass, call_layout_fits, forward_pass
 from .native_library import load_library
 from .scan_chunked import stays_inside, within_mini_batch
+from .trial import trial
 from .ttt_state import ScanInputs, ScanOutput
 
 __all__ = ["scan_native", "unsupported"]
@@ -40,11 +42,14 @@ def _missing() -> str | None:
 
 @cache
 def _checked() -> str | None:
-    """Why there is no library, or None."""
+    """Why there is no library that can be trusted, or None; run once per process."""
     library, reason = load_library()
-    if library is not None and not call_layout_fits():
+    if library is None:
+        return reason
+    if not call_layout_fits():
         return f"{library.path.name} was compiled with another layout of its argument"
-    return reason or None
+    trials = (trial(scan_native, torch.device("cpu"), net, 8, 16, "ieee", True) for net in INNER_NETS)
+    return next((reason for reason in trials if reason is not None), None)
 
 
 def _forward(layout: Layout, operands: Operands) -> ForwardResult:
@@ -68,7 +73,9 @@ def _forward(layout: Layout, operands: Operands) -> ForwardResult:
 def _backward(layout: Layout, operands: Operands, states: list[Tensor], adjoint: ForwardResult) -> list[Tensor]:
     weights = []
     if any(d is not None for d in adjoint.weights):
-        weights = [torch.zeros_like(s) if d is None else d for s, d in zip(operands.start, adjoint.weights, strict=True)]
+        weights = [
+            torch.zeros_like(s) if d is None else d for s, d in zip(operands.start, adjoint.weights, strict=True)
+        ]
     rows = [d for pair in adjoint.rows for d in pair]
     *fixed, start, initial, carried = backward_pass(
         *_arguments(layout, operands), layout.stride, states, adjoint.z, adjoint.norm, weights, rows
