@@ -168,11 +168,9 @@ def _against_baseline(results: Results) -> str:
         cases += [f"train-small-{net}-{t}" for t in (512, 1024)] + [f"train-125m-{net}-512"]
         for case in cases:
             if case in results.cases:
-                rows += [
-                    _baseline_row(results, case, net, *way)
-                    for way in WAYS
-                    if way[1].format(net) in _names(results, case)
-                ]
+                measured = results.cases[case]["contenders"]
+                ways = ((way, name.format(net)) for way, name in WAYS)
+                rows += [_baseline_row(results, case, net, *one) for one in ways if one[1] in measured]
     head = ("step", "inner net", "way", "tokens/s", "baseline, tokens/s", "speed-up", "share of limit", "beyond limit")
     table = _table(head, rows)
     decode = []

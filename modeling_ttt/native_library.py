@@ -61,10 +61,8 @@ def load_library() -> tuple[NativeLibrary | None, str]:
         return None, f"{SOURCE.name} is not beside its module (a checkpoint's own code comes without it)"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
     if compiler is None:
-        return (
-            None,
-            f"it is compiled on first use and there is no C++ compiler: none of {', '.join(COMPILERS)} is found",
-        )
+        names = ", ".join(COMPILERS)
+        return None, f"it is compiled on first use and there is no C++ compiler: none of {names} is found"
     try:
         path = _folder() / f"inner_loop-{_key(compiler)}.so"
         if not path.is_file():

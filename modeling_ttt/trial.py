@@ -1,5 +1,7 @@
 """A trial run of a compiled backend against the chunked one, before it is trusted: compilers get kernels wrong."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -84,7 +86,7 @@ def _results(inputs: ScanInputs, run, gradient: bool) -> dict[str, Tensor]:
     # Adjoints without a pattern: what is nearly equal in all features would vanish in the LayerNorm, but for rounding.
     normal = _normal(torch.Generator().manual_seed(1), inputs.q.device)
     total = sum((t * normal(*t.shape)).sum() for t in found.values())
-    names = ["q", "k", "v", "lr", "tau", "ln_weight", "ln_bias", "W1", "b1", "W2", "b2"][: len(_leaves(inputs))]
+    names = ["q", "k", "v", "lr", "tau", "ln_weight", "ln_bias", *itertools.chain(*inputs.net.parameter_names)]
     grads = torch.autograd.grad(total, _leaves(inputs))
     return {name: t.detach() for name, t in found.items()} | {
         f"gradient of {name}": grad for name, grad in zip(names, grads, strict=True)
