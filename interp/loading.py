@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from interp.freezing import parse_layers, ttt_layers
+from interp.hub_files import broken_connection, fetch_jax, has_config, holds_jax
 from modeling_ttt.convert_jax import convert_checkpoint, find_source  # this import registers the Auto classes, too
 
 DTYPES = {
@@ -27,6 +28,7 @@ DTYPES = {
 _JAX_NAMES = ("streaming_params*", "streaming_train_state*", "flax_params*", "step_*")
 # Part of the name of a converted folder: raised when a conversion comes to give something else.
 _CONVERSION = 1
+_NO_TOKENIZER = "JAX checkpoint {!r} comes without a tokenizer: name the one that it was trained with"
 _LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -73,12 +75,14 @@ def load_model(
 
     `dtype` is that of the parameters ("auto": as stored); `device` (cpu) is where they lie, or `device_map` spreads
     them. `config` (a folder, file or Hub id) replaces the configuration stored with the model, and `overrides` replace
-    single keys of it. A checkpoint of the official JAX code (a folder, or a file in it) is converted first, into a
-    folder below `cache_dir` (default: beside the Hub's cache) that is used again until the checkpoint changes; there
-    `config` is a preset or a json file. `ttt_only=False` also takes models without TTT layers, as controls.
+    single keys of it. A checkpoint of the official JAX code (a folder, a file in it, or the Hub id of one) is
+    converted first, into a folder below `cache_dir` (default: beside the Hub's cache) that is used again until the
+    checkpoint changes; there `config` is a preset or a json file. `ttt_only=False` also takes models without TTT
+    layers, as controls.
 
-    ValueError when the model cannot be found or read, when parameters are missing or of another shape, when it has no
-    TTT layers, for unknown dtypes and keys, for a `revision` of a folder, and for devices that this machine lacks.
+    ValueError when the model cannot be found, fetched or read, when parameters are missing or of another shape, when
+    it has no TTT layers, for unknown dtypes and keys, for a `revision` of a folder, and for devices that this machine
+    lacks.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
@@ -87,15 +91,13 @@ def load_model(
     _check_device(device or "cpu")
     name = os.fspath(name_or_path)
     _check_revision(name, revision)
-    if is_jax_checkpoint(name):
-        name, config = os.fspath(convert_to_cache(name, config=config, cache_dir=cache_dir)), None
+    foreign = _jax_folder(name, revision)
+    if foreign is not None:
+        converted = convert_to_cache(foreign, config=config, cache_dir=cache_dir)
+        name, revision, config = os.fspath(converted), None, None
     _check_folder("model", name, "config.json")
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        settings = AutoConfig.from_pretrained(name if config is None else os.fspath(config), **common)
-    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-        where = "" if revision is None else f", revision {revision!r},"
-        raise ValueError(f"the configuration of model {name!r}{where} could not be read: {error}") from error
+    settings = _load_config(name if config is None else os.fspath(config), name, common)
     if ttt_only:
         ttt_layers(settings)
     settings = override_config(settings, overrides or {})
@@ -111,13 +113,15 @@ def load_tokenizer(
     name = os.fspath(name_or_path)
     _check_revision(name, revision)
     if is_jax_checkpoint(name):
-        raise ValueError(f"JAX checkpoint {name!r} comes without a tokenizer: name the one that it was trained with")
+        raise ValueError(_NO_TOKENIZER.format(name))
     _check_folder("tokenizer", name, "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if not Path(name).exists() and holds_jax(name, revision):
+            raise ValueError(_NO_TOKENIZER.format(name)) from None
         where = "" if revision is None else f", revision {revision!r}"
-        raise ValueError(f"no tokenizer could be loaded from {name!r}{where}: {error}") from error
+        raise ValueError(f"no tokenizer could be loaded from {name!r}{where}: {_reason(error)}") from error
 
 
 def is_jax_checkpoint(name: str | os.PathLike) -> bool:
@@ -160,16 +164,21 @@ def convert_to_cache(
 
 
 def local_copy(name_or_path: str | os.PathLike, *, revision: str | None = None) -> Path:
-    """Give a local path as it is, or the files of a Hub repository; ValueError when there is neither."""
+    """Give a local path as it is, or what a conversion reads of a Hub repository; ValueError when there is neither."""
     name = os.fspath(name_or_path)
     _check_revision(name, revision)
     if Path(name).exists():
         return Path(name)
     _check_folder("checkpoint", name)
+    found = _jax_folder(name, revision)
+    if found is not None:
+        return found
     try:
-        return Path(snapshot_download(name, revision=revision))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(f"checkpoint {name!r} is no path here and could not be fetched: {error}") from error
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+    except (OSError, ValueError, HFValidationError) as error:
+        where = "" if revision is None else f", revision {revision!r},"
+        told = f"checkpoint {name!r}{where} is no path here and could not be fetched: {_reason(error)}"
+        raise ValueError(told) from error
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -206,6 +215,35 @@ def override_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
         raise ValueError(f"configuration overrides {dict(overrides)} are refused: {error}") from error
 
 
+def _jax_folder(name: str, revision: str | None) -> Path | None:
+    """The JAX checkpoint that a name stands for, fetched if it is one of the Hub; None for anything else."""
+    if is_jax_checkpoint(name):
+        return Path(name)
+    if not _is_hub_id(name):
+        return None
+    try:
+        return fetch_jax(name, revision)
+    except OSError as error:
+        raise ValueError(f"JAX checkpoint {name!r} could not be fetched: {_reason(error)}") from error
+
+
+def _load_config(source: str, name: str, common: Mapping[str, Any]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, **common)
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+        if _is_hub_id(source) and has_config(source, common["revision"]) is False:
+            raise ValueError(f"repository {source!r} holds neither a config.json nor a JAX checkpoint") from error
+        where = "" if common["revision"] is None else f", revision {common['revision']!r},"
+        told = f"the configuration of model {name!r}{where} could not be read: {_reason(error)}"
+        raise ValueError(told) from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong; where a connection broke, the libraries guess at other reasons."""
+    broken = broken_connection(error)
+    return str(error) if broken is None else f"the Hub could not be reached ({type(broken).__name__}: {broken})"
+
+
 def _load_weights(name: str, **settings: Any) -> Any:
     try:
         # Other shapes are reported below, by name.
@@ -213,7 +251,7 @@ def _load_weights(name: str, **settings: Any) -> Any:
             name, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"model {name!r} could not be loaded: {error}") from error
+        raise ValueError(f"model {name!r} could not be loaded: {_reason(error)}") from error
     wrong = {what: sorted(map(str, found[what])) for what in _LOADING_PROBLEMS if found.get(what)}
     if wrong:
         told = "; ".join(f"{what.replace('_', ' ')}: {', '.join(names)}" for what, names in wrong.items())
@@ -247,5 +285,10 @@ def _check_folder(what: str, name: str, *files: str) -> None:
     if path.is_dir():
         if not any((path / file).exists() for file in files):
             raise ValueError(f"no {what} in folder {name!r}: it has none of {', '.join(files)}")
-    elif path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    elif not _is_hub_id(name):
         raise ValueError(f"{what} folder {name!r} does not exist or is no folder")
+
+
+def _is_hub_id(name: str) -> bool:
+    path = Path(name)
+    return not (path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1)

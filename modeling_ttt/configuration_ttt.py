@@ -1,6 +1,7 @@
 """Configuration of a TTT language model (arXiv 2407.04620)."""
 
 import math
+import sys
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -137,6 +138,18 @@ class TTTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the base class does; a config.json of the official PyTorch code means what it means there.
+
+        That code ran with Transformers 4, this one does not. It has one `ttt_base_lr`, 1.0, for both inner nets, and
+        saves none that is the default; its `use_cache` is off only for want of a cache that works.
+        """
+        if str(config_dict.get("transformers_version")).startswith("4."):
+            kept = {name: value for name, value in config_dict.items() if name != "use_cache" and value is not None}
+            config_dict = {"ttt_base_lr": 1.0, **kept}
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def preset(cls, size: str, **overrides: Any) -> "TTTConfig":
         """A configuration of one of the official sizes, "125m", "350m", "760m" or "1b", with fields replaced."""
         if size not in PRESETS:
@@ -178,8 +191,8 @@ class TTTConfig(PreTrainedConfig):
         for name in (*positive, "mini_batch_size", "conv_kernel", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.rms_norm_eps <= 0:
-            raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise ValueError(f"rms_norm_eps must be positive and finite, got {self.rms_norm_eps}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         if self.hidden_size % self.num_attention_heads != 0:
@@ -199,9 +212,9 @@ class TTTConfig(PreTrainedConfig):
             raise ValueError(f"initializer_range must not be negative, got {self.initializer_range}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id must lie in 0..{self.vocab_size - 1}, got {self.pad_token_id}")
-        theta = (self.rope_parameters or {}).get("rope_theta")
-        if theta is not None and not theta > 0:
-            raise ValueError(f"rope_theta must be positive, got {theta}")
+        theta = (self.rope_parameters or {}).get("rope_theta", 10000.0)
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < sys.float_info.max:
+            raise ValueError(f"rope_theta must be positive and finite, got {theta!r}")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default":
             raise ValueError(f"rope_parameters['rope_type'] must be 'default', got {rope_type!r}")

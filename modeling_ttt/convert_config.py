@@ -54,7 +54,7 @@ _DROPPED = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "
 
 
 def read_settings(config: str | os.PathLike | Mapping[str, Any] | TTTConfig) -> dict[str, Any]:
-    """Settings under our names from a preset ("125m" or "125m-TTT"), a json file or a mapping with either's keys.
+    """Settings under our names from a preset ("125m", "125m-TTT"), a json file or a mapping with either's keys.
 
     ValueError for other names and for files that cannot be read.
     """
@@ -72,6 +72,8 @@ def read_settings(config: str | os.PathLike | Mapping[str, Any] | TTTConfig) -> 
             raise ValueError(f"config {name!r} must hold one JSON object, got {type(found).__name__}")
         return _by_keys(found, name)
     size = name.removesuffix("-TTT")
+    # The size that the paper calls 1.3B is 1b in the official code.
+    size = "1b" if size == "1.3b" else size
     if size not in PRESETS:
         raise ValueError(f"config must be a json file or one of {sorted(PRESETS)}, got {name!r}")
     return dict(PRESETS[size])
@@ -88,7 +90,7 @@ def settings_from_jax(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     Keys that concern its training only (dropout, rematerialisation) say nothing here. ValueError for a sequence block
     other than the TTT ones and when a key is missing that no shape can tell.
     """
-    missing = [name for name in _NEEDED if name not in found]
+    missing = [name for name in _NEEDED if found.get(name) is None]
     if missing:
         raise ValueError(f"{where}: the model configuration lacks {missing}")
     block = found["seq_modeling_block"]

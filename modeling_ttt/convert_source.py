@@ -89,7 +89,9 @@ def _jax_file(folder: Path) -> Path | None:
 
 def _source_of(weights: Path, is_jax: bool) -> SourceFiles:
     step = re.search(r"_\d+$", weights.name)
-    names = (f"metadata{step[0] if step else ''}.pkl", "model_config.json") if is_jax else ("config.json",)
+    # Of another step it describes the same model; shapes are compared in any case.
+    jax = (f"metadata{step[0] if step else ''}.pkl", "metadata.pkl", "model_config.json")
+    names = jax if is_jax else ("config.json",)
     configs = [weights.parent / name for name in names if (weights.parent / name).is_file()]
     return SourceFiles(weights, configs[0] if configs else None, is_jax)
 

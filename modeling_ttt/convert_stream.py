@@ -138,6 +138,8 @@ def _leaf(walk: MsgpackWalk, name: str, end: int) -> Leaf:
         pieces = [piece]
     if walk.position != end:
         raise walk.error(f"{end - walk.position} bytes follow its numbers")
+    if 0 in shape:
+        raise walk.error(f"its shape {list(shape)} holds no numbers")
     held, wanted = sum(length for _, length in pieces), prod(shape) * dtype.itemsize
     if held != wanted:
         raise walk.error(f"its shape {list(shape)} of {dtype} needs {wanted} bytes, it has {held}")

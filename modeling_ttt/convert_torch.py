@@ -52,6 +52,8 @@ def index_torch(file: Path) -> tuple[dict[str, Leaf], list[str]]:
     for name in constants:
         del leaves[name]
     for leaf in leaves.values():
+        if 0 in leaf.shape:
+            raise ValueError(f"{file}: the shape {list(leaf.shape)} of {leaf.name!r} holds no numbers")
         if leaf.dtype not in FLOAT_DTYPES.values():
             raise ValueError(f"{file}: dtype of {leaf.name!r} must be one of {list(FLOAT_DTYPES)}, got {leaf.dtype}")
     return leaves, constants

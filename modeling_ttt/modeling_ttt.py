@@ -47,6 +47,8 @@ class TTTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TTTBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True
+    # Constants that some versions of the official code saved with the parameters.
+    _keys_to_ignore_on_load_unexpected = [r"seq_modeling_block\.(rotary_emb\.inv_freq|token_idx)$"]
     # At hand on the class for users of a checkpoint's own code, who have no package to import them from.
     clone_cache = staticmethod(clone_cache)
     save_cache = staticmethod(save_cache)
@@ -210,7 +212,7 @@ class TTTModel(TTTPreTrainedModel):
 
     def _run_segment(self, hidden_states: Tensor, grid: TokenGrid, states: list, lr_mults: list, options: dict):
         config, dtype = self.config, scan_dtype(hidden_states.dtype)
-        theta = config.rope_parameters["rope_theta"]
+        theta = float(config.rope_parameters["rope_theta"])
         table = rotary_table(config.mini_batch_size, config.head_dim, theta, dtype, hidden_states.device)
         rotary = table[grid.slot][:, :, None]  # [B or 1, T, 1, f/2, 2]
         found = []

@@ -171,6 +171,8 @@ def _measured(facts: CardFacts) -> dict[str, Any]:
     needles, depths = found.get("needles", []), found.get("needles_by_depth", [])
     texts = _texts(found, facts)
     positions = [part.get("loss_by_position", []) for part in texts.values()]
+    contexts = [part.get("loss_by_context", []) for part in texts.values()]
+    first = [rows[0] for rows in contexts if rows]
     columns = sorted({_take(row, "depth") for row in depths})
     return {
         "file": facts.evaluation_file,
@@ -180,6 +182,9 @@ def _measured(facts: CardFacts) -> dict[str, Any]:
             (f"{_take(rows[0], 'from')} to {_take(rows[0], 'to')}", *(f"{_take(row, 'loss'):.3f}" for row in rows))
             for rows in zip(*positions, strict=False)
         ],
+        "context_tokens": " and ".join(dict.fromkeys(str(_take(row, "tokens")) for row in first)),
+        "context_windows": " and ".join(dict.fromkeys(str(_take(row, "windows")) for row in first)),
+        "contexts": [(_take(rows[0], "length"), *map(_context, rows)) for rows in zip(*contexts, strict=False)],
         "documents": _take(needles[0], "documents") if needles else 0,
         "needles": [
             (row["value_digits"], row["distance"], f"{_take(row, 'exact'):.3f}", f"{_take(row, 'digits'):.3f}")
@@ -211,6 +216,13 @@ def _text(data: str, found: dict[str, Any]) -> dict[str, Any]:
         "loss": f"{_take(found, 'loss_nats_per_token'):.3f}",
         "nats_per_byte": [(label, f"{_take(found, 'nats_per_byte', name):.4f}") for name, label in names.items()],
     }
+
+
+def _context(row: dict[str, Any]) -> str:
+    loss, error = f"{_take(row, 'loss'):.3f}", row.get("error")
+    if not error:
+        return loss
+    return f"{loss} ({_take(row, 'difference'):.3f} ± {_take(row, 'error'):.3f})"
 
 
 def _others(name: str, parameters: int, facts: CardFacts) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checkpoints of a training in progress: safetensors and json, written beside and then renamed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +29,8 @@ def save_checkpoint(
     half-written one.
     """
     path, beside = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}.part"
-    shutil.rmtree(beside, ignore_errors=True)
+    for killed in folder.glob(f".{PREFIX}*.part"):
+        shutil.rmtree(killed)
     beside.mkdir(parents=True)
     names = {parameter: name for name, parameter in model.named_parameters()}
     save_file(_model_tensors(model), beside / "model.safetensors")
@@ -71,6 +73,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     _load_moments(path, model, optimizer)
     torch.set_rng_state(load_file(path / "random.safetensors")["torch"])
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """What tells a model's parameters from others'."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _step(path: Path) -> int:

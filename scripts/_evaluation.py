@@ -1,6 +1,6 @@
 """What a checkpoint has learnt: nats per byte against n-gram baselines, loss by position, needles answered."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -8,6 +8,13 @@ from _mix import KEY_DIGITS, NeedleWords
 from _step import token_losses
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+
+Tick = Callable[[int], object]
+"""Is told how many tokens were read."""
+
+
+def no_tick(tokens: int) -> None:
+    """Nobody watches."""
 
 
 def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -30,25 +37,81 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 @torch.no_grad()
 def window_losses(
-    model: nn.Module, ids: np.ndarray, *, bos: int, length: int, rows: int = 4
+    model: nn.Module, ids: np.ndarray, *, bos: int, length: int, rows: int = 4, tick: Tick = no_tick
 ) -> tuple[np.ndarray, np.ndarray]:
     """Surprisal in nats of `ids` [N], read in windows of bos and `length` - 1 tokens: both [windows, length - 1].
 
     Returns the losses (float64) and the tokens they belong to. A rest that fills no window is left out; raises
     ValueError when not even one window is filled.
     """
+    windows = cut_windows(ids, length)
+    return _losses(model, windows, length - 1, bos=bos, rows=rows, tick=tick), windows
+
+
+def cut_windows(ids: np.ndarray, length: int) -> np.ndarray:
+    """The whole windows of `ids` [N], without the bos in front of them: int64 [windows, length - 1]."""
     count = len(ids) // (length - 1)
     if count == 0:
         raise ValueError(f"length must be at most the {len(ids) + 1} tokens at hand, got {length}")
-    windows = np.asarray(ids[: count * (length - 1)]).astype(np.int64).reshape(count, length - 1)
+    return np.asarray(ids[: count * (length - 1)]).astype(np.int64).reshape(count, length - 1)
+
+
+@torch.no_grad()
+def loss_by_context(
+    model: nn.Module,
+    ids: np.ndarray,
+    *,
+    bos: int,
+    length: int,
+    most: int | None = None,
+    rows: int = 2,
+    tick: Tick = no_tick,
+) -> list[dict[str, float | None]]:
+    """What the same tokens cost behind more and more text, which the loss by position, of other tokens each, hides.
+
+    The last sixteenth of every window of `length` tokens, of at most `most` windows spread over `ids`, is read in its
+    last `length` / 8, / 4, / 2 and all tokens, bos in front. Rows: "length" of what is read, mean "loss" in nats per
+    token, "difference" from the loss at the full length, the standard "error" of that mean over windows (None for one
+    window), "windows", "tokens" counted in each. ValueError for fewer than 32 tokens.
+    """
+    if length < 32:
+        raise ValueError(f"length must be at least 32 for a loss by context, got {length}")
+    windows, counted = cut_windows(ids, length), length // 16
+    if most is not None and most < len(windows):
+        windows = windows[np.linspace(0, len(windows) - 1, most).round().astype(int)]
+    lengths = (length // 8, length // 4, length // 2, length)
+    found = {
+        part: _losses(model, windows[:, -(part - 1) :], counted, bos=bos, rows=rows, tick=tick) for part in lengths
+    }
+    return [
+        {
+            "length": part,
+            "loss": float(losses.mean()),
+            **_paired(losses.mean(1) - found[length].mean(1)),
+            "windows": len(windows),
+            "tokens": counted,
+        }
+        for part, losses in found.items()
+    ]
+
+
+def _paired(differences: np.ndarray) -> dict[str, float | None]:
+    error = float(differences.std(ddof=1) / len(differences) ** 0.5) if len(differences) > 1 else None
+    return {"difference": float(differences.mean()), "error": error}
+
+
+def _losses(model: nn.Module, windows: np.ndarray, last: int, *, bos: int, rows: int, tick: Tick) -> np.ndarray:
+    """Surprisal in nats of the `last` tokens of windows [windows, T] behind bos: float64 [windows, last]."""
     device = next(model.parameters()).device
     model.eval()
     losses = []
-    for start in range(0, count, rows):
+    for start in range(0, len(windows), rows):
         part = torch.from_numpy(windows[start : start + rows])
         part = torch.cat([torch.full((len(part), 1), bos), part], 1).to(device)
-        losses.append(token_losses(model(input_ids=part, use_cache=False).logits, part).double().cpu().numpy())
-    return np.concatenate(losses), windows
+        logits = model(input_ids=part, use_cache=False, logits_to_keep=last + 1).logits
+        losses.append(token_losses(logits, part[:, -last - 1 :]).double().cpu().numpy())
+        tick(part.numel())
+    return np.concatenate(losses)
 
 
 def nats_per_byte(losses: np.ndarray, tokens: np.ndarray, sizes: np.ndarray) -> float:
@@ -160,7 +223,7 @@ def depth_windows(
 
 @torch.no_grad()
 def needle_accuracy(
-    model: nn.Module, windows: Iterable[np.ndarray], value_digits: int, rows: int = 8
+    model: nn.Module, windows: Iterable[np.ndarray], value_digits: int, rows: int = 8, tick: Tick = no_tick
 ) -> dict[str, float]:
     """Share of answers that greedy decoding gets wholly right ("exact"), and share of right digits ("digits").
 
@@ -175,6 +238,7 @@ def needle_accuracy(
         part = ids[start : start + rows].to(device)
         logits = model(input_ids=part, use_cache=False, logits_to_keep=value_digits + 1).logits[:, :-1]
         right.append((logits.argmax(-1) == part[:, -value_digits:]).cpu())
+        tick(part.numel())
     answers = torch.cat(right)
     return {"exact": float(answers.all(1).double().mean()), "digits": float(answers.double().mean())}
 

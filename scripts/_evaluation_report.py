@@ -11,7 +11,7 @@ COLUMNS = ("measure", "text", "from", "to", "value_digits", "distance", "length"
 
 
 def write_table(results: dict, path: Path) -> None:
-    """Write every number as a row of a csv: nats per byte and token, loss by position, share of needles answered."""
+    """Write every number as a row of a csv: nats per byte and token, by position and context, needles answered."""
     rows: list[dict] = []
     for text, found in _texts(results).items():
         rows += [
@@ -22,6 +22,11 @@ def write_table(results: dict, path: Path) -> None:
         for row in found["loss_by_position"]:
             place = {"from": row["from"], "to": row["to"]}
             rows.append({"measure": "nats per token by position", "text": text, **place, "value": row["loss"]})
+        for row in found.get("loss_by_context", []):
+            place = {"text": text, "length": row["length"]}
+            measure = f"nats per token, last {row['tokens']}"
+            rows.append({"measure": measure, **place, "value": row["loss"]})
+            rows.append({"measure": f"{measure}, beyond the full length", **place, "value": row["difference"]})
     for row in [*results["needles"], *results.get("needles_by_depth", [])]:
         place = {name: value for name, value in row.items() if name in COLUMNS}
         for score in ("exact", "digits"):
@@ -33,7 +38,7 @@ def write_table(results: dict, path: Path) -> None:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Draw loss by position (nats per token) and the share of needles answered wholly, by depth and length."""
+    """Draw loss by position and context (nats per token), and needles answered wholly by depth and length."""
     depths = results.get("needles_by_depth", [])
     figure = Figure(figsize=(10 if depths else 5.5, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -52,7 +57,12 @@ def _draw_positions(axes: Axes, results: dict) -> None:
     for text, found in _texts(results).items():
         rows = found["loss_by_position"]
         middles = [(row["from"] * row["to"]) ** 0.5 for row in rows]
-        axes.plot(middles, [row["loss"] for row in rows], marker="o", label=text)
+        (line,) = axes.plot(middles, [row["loss"] for row in rows], marker="o", label=text)
+        rows = found.get("loss_by_context", [])
+        if rows:
+            middles, style = [row["length"] - row["tokens"] / 2 for row in rows], {"linestyle": "--", "marker": "s"}
+            label = f"{text}, the same tokens"
+            axes.plot(middles, [row["loss"] for row in rows], label=label, color=line.get_color(), **style)
     axes.set(xscale="log", xlabel="position in tokens", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend()

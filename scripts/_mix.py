@@ -59,7 +59,7 @@ class NeedleWords:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "NeedleWords":
-        """Read the pieces off the tokenizer; raises ValueError where a digit is not one token there."""
+        """Read the pieces off the tokenizer; raises ValueError where a digit is not one token of its own."""
 
         def ids(text: str) -> tuple[int, ...]:
             return tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -70,6 +70,10 @@ class NeedleWords:
             if len(whole) != len(prefix) + 1:
                 raise ValueError(f"tokenizer must give a hexadecimal digit one token, {digit!r} behind Value= has not")
             digits.append(whole[-1])
+        if len(set(digits)) < len(digits):
+            raise ValueError(
+                f"tokenizer must tell the {len(digits)} hexadecimal digits apart, got the tokens {digits}"
+            )
         return cls(ids(" Define Key="), ids(" Query Key="), ids(" Value="), ids("."), tuple(digits))
 
     def define_ids(self, key: np.ndarray, value: np.ndarray) -> list[int]:
@@ -110,13 +114,15 @@ class WindowMix:
     `stream` is int [N], documents joined as bos .. eos. A window is a function of the settings, its length, its
     number in the stage and the stages before, `(length, windows)` each: all of them move the curriculum, and those
     of the same length are gone on from. Book windows walk through the stream in a shuffled order, an epoch at a
-    time, with a new offset per epoch. Raises ValueError when the stream is shorter than a window.
+    time, with a new offset per epoch. Raises ValueError when the stream is shorter than a window, and for a tokenizer
+    that breaks up needles where the settings ask for some.
     """
 
     def __init__(self, stream: np.ndarray, tokenizer: PreTrainedTokenizerBase, settings: MixSettings):
         self.stream = stream
         self.settings = settings
-        self.words = NeedleWords.of(tokenizer)
+        if settings.needle_fraction or settings.recall_windows:
+            self.words = NeedleWords.of(tokenizer)
         self.bos = tokenizer.bos_token_id
         self.special = max(tokenizer.all_special_ids) + 1
         self.vocab_size = len(tokenizer)

@@ -1,10 +1,12 @@
 """The outer loop: AdamW over a window mix, with exact resume and a record of every measured step."""
 
 import json
+import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -16,6 +18,7 @@ from _checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from _schedule import Plan, Stage
 from _step import Reader, StepOptions
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
@@ -73,7 +76,8 @@ def train(
     Continues from the newest checkpoint of `settings.folder`, if there is one: on a CPU bit for bit as if it had
     never stopped. A checkpoint is left at the end, every `save_minutes`, and on SIGTERM or SIGINT. Measured steps
     are lines of `metrics.jsonl`: losses and gradient norm in nats, plasticity as the mean over layers and tokens.
-    Raises ValueError when the folder holds a different training.
+    Raises ValueError when the folder holds a different training or one that runs, and when a gradient is not finite:
+    the weights are then those of the step before, and the newest checkpoint is whole.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -84,6 +88,12 @@ def train(
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     run = _Run(model, optimizer, windows, plan, settings, accelerator)
+    with _only_writer(settings.folder, accelerator), _StopSignals() as stop:
+        return _loop(run, stop, validate)
+
+
+def _loop(run: "_Run", stop: "_StopSignals", validate: Callable[[nn.Module], dict[str, float]]) -> bool:
+    plan, settings, accelerator = run.plan, run.settings, run.accelerator
     step = run.resume()
     started = saved = time.monotonic()
     bar = tqdm(
@@ -93,12 +103,12 @@ def train(
         mininterval=5.0,
         desc=f"training in {accelerator.num_processes} process(es)",
     )
-    with _StopSignals() as stop, bar:
+    with bar:
         while step < plan.total_steps:
             row = run.step(step)
             step += 1
             if step % settings.eval_every == 0 or step == plan.total_steps:
-                row |= validate(accelerator.unwrap_model(model))
+                row |= validate(accelerator.unwrap_model(run.model))
             if step % settings.log_every == 0 or "validation_loss" in row:
                 run.record(row)
                 bar.set_postfix_str(_summary(row))
@@ -167,13 +177,18 @@ class _Run:
         measured = (step + 1) % self.settings.log_every == 0
         self.model.train()
         losses, plasticity = self.reader.gradients(ids, weights, total, step, measured=measured)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip))
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient of step {step + 1} is not finite at the learning rate {rate:.3g}: with a lower lr or a "
+                "longer warm-up name another output_dir; this one holds what was saved before"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         row = {"step": step + 1, "tokens": self.plan.tokens_before(step + 1), "length": stage.length, "lr": rate}
         if measured or (step + 1) % self.settings.eval_every == 0 or step + 1 == self.plan.total_steps:
             row |= self._losses(losses, weights[:, 1:])
-            row |= {"grad_norm": float(norm), "plasticity": plasticity}
+            row |= {"grad_norm": norm, "plasticity": plasticity}
             row["tokens_per_second"] = stage.rows * stage.length / (time.monotonic() - begun)
         return row
 
@@ -233,6 +248,24 @@ class _Run:
             every = self.settings.keep_every
             save_checkpoint(self.settings.folder, step, inner, _plain(self.optimizer), state, keep_every=every)
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _only_writer(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the folder's lock in the main process; a process that is killed lets go of it."""
+    if not accelerator.is_main_process:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another training runs in output_dir {str(folder)!r}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_metrics(path: Path) -> list[dict]:

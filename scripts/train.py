@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from _checkpoints import weights_hash
 from _documents import DocumentStream, open_stream
 from _evaluation import Validation
 from _mix import MixSettings, WindowMix, cached_token_stream
@@ -31,9 +32,9 @@ from _training import LoopSettings, Windows, train
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from interp.loading import load_model
+from interp.loading import load_model, load_tokenizer
 from modeling_ttt import TTTConfig
 
 log = logging.getLogger("train")
@@ -109,13 +110,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(arguments.num_threads)
     plan = plan_of(arguments)
     accelerator = new_accelerator(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    tokenizer = load_tokenizer(arguments.tokenizer)
     check_tokenizer(tokenizer)
     model = new_model(arguments, len(tokenizer))
     windows, data_identity = data_of(arguments, tokenizer)
     held_out = cached_token_stream(read_texts(arguments.validation_data), tokenizer, Path(arguments.output_dir))
     eval_length = arguments.eval_length or plan.stages[-1].length
-    validate = Validation(tokenizer, held_out[: arguments.eval_tokens], eval_length, needles=not arguments.streaming)
+    # With no needles in the windows, tokenizers that break them up serve, too.
+    needles = not arguments.streaming and (arguments.needle_fraction > 0 or arguments.recall_windows > 0)
+    validate = Validation(tokenizer, held_out[: arguments.eval_tokens], eval_length, needles=needles)
     settings = settings_of(arguments, model, tokenizer, data_identity)
     finished = train(model, windows, plan, settings, accelerator, validate)
     accelerator.end_training()
@@ -267,15 +270,6 @@ def new_model(arguments: TrainArguments, vocab_size: int) -> nn.Module:
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
-
-
-def weights_hash(model: nn.Module) -> str:
-    """What tells a model's parameters from others'."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _read_config(config: str) -> dict:

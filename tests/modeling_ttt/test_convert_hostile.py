@@ -117,6 +117,16 @@ def test_names_shapes_and_values_are_checked_and_all_are_listed(folder):
     refused(folder, r"its shape \[32, 32\] of torch.float32 needs 4096 bytes, it has 4092")
 
 
+@pytest.mark.parametrize("shape", [[0], [0, 32], [2**40, 0], [0, 2**40, 2**40], [2**64 - 1, 0]], ids=str)
+def test_an_array_without_numbers_may_have_any_shape_and_is_refused(folder, shape):
+    file = folder / "streaming_params"
+    leaves = read_records(file)
+    empty = msgpack.packb(msgpack.ExtType(1, msgpack.packb((shape, "float32", b""))))
+    for key in (("model", "wte", "embedding"), ("model", "h", "0", "seq_modeling_block", "ttt_dense_0")):
+        write_records(file, {**leaves, key: empty})
+        refused(folder, rf"leaf '{'/'.join(key)}': its shape \[.*0.*\] holds no numbers")
+
+
 def test_a_name_twice_is_refused(folder):
     file = folder / "streaming_params"
     file.write_bytes(file.read_bytes() * 2)
@@ -135,6 +145,11 @@ def test_configurations_that_do_not_fit_are_refused(folder):
         ({"seq_modeling_block": "self_attention"}, "seq_modeling_block must be one of"),
         ({"seq_modeling_block": "ttt_mlp"}, "ttt_layer_type is 'mlp' there, 'linear' here"),
         ({"rms_norm_eps": "tiny"}, "the model configuration is refused"),
+        ({"rms_norm_eps": float("inf")}, "(?s)the model configuration is refused: .*rms_norm_eps must be positive"),
+        ({"rope_theta": float("inf")}, "(?s)the model configuration is refused: .*rope_theta must be positive"),
+        ({"rope_theta": 2**1200}, "(?s)the model configuration is refused: .*rope_theta must be positive"),
+        ({"rope_theta": "10000"}, "the model configuration is refused"),
+        ({"ttt_base_lr": None}, r"the model configuration lacks \['ttt_base_lr'\]"),
     ):
         (folder / "model_config.json").write_text(json.dumps({**good, **changes}))
         refused(folder, message)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from modeling_ttt import TTTConfig, TTTForCausalLM
+from modeling_ttt.configuration_ttt import PRESETS
 from modeling_ttt.convert_jax import convert_checkpoint, export_jax, logits_fingerprint
 from modeling_ttt.convert_names import from_jax, to_jax
 from tests.conftest import TINY
@@ -213,7 +214,7 @@ def test_every_parameter_has_one_name_there_and_back():
 # -------------------------------------------------------------------- configuration
 
 
-def test_presets_and_json_take_the_place_of_metadata(tmp_path):
+def test_presets_and_json_take_the_place_of_metadata(tmp_path, monkeypatch):
     source = tiny(dtype=torch.float32, **MAMBA)
     folder = stream_of(source, tmp_path / "jax")
     settings = json.loads((folder / "model_config.json").read_text())
@@ -224,6 +225,11 @@ def test_presets_and_json_take_the_place_of_metadata(tmp_path):
     one = convert_checkpoint(folder, tmp_path / "json", config=tmp_path / "given.json")
     two = convert_checkpoint(folder, tmp_path / "mapping", config=settings)
     assert one.fingerprint == two.fingerprint
+    sizes = {name: getattr(source.config, name) for name in PRESETS["1b"]}
+    monkeypatch.setitem(PRESETS, "1b", sizes)
+    for name in ("1b", "1.3b", "1b-TTT"):
+        found = convert_checkpoint(folder, tmp_path / name, config=name)
+        assert found.fingerprint == one.fingerprint, "the official presets have the settings of this stream"
     with pytest.raises(ValueError, match="does not fit the parameters: .*hidden_size is 768 there, 32 here"):
         convert_checkpoint(folder, tmp_path / "preset", config="125m")
     with pytest.raises(ValueError, match=r"config must be a json file or one of .*125m.*, got '7b'"):

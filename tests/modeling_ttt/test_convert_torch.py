@@ -37,6 +37,7 @@ def official(model, folder, file="pytorch_model.bin", both_heads=True):
     for name in ("ttt_backend", "output_plasticity", "output_ttt_stats", "ttt_base_lr", "rope_parameters", "dtype"):
         config.pop(name, None)
     config |= {"rope_theta": 10000.0, "use_cache": False, "scan_checkpoint_group_size": 0}
+    config["transformers_version"] = "4.41.2"
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -52,6 +53,17 @@ def test_official_checkpoints_give_the_same_logits(source, file, both_heads, tmp
     assert model.config.use_cache, "off in the official configuration, on here"
     assert model.config.tie_word_embeddings == source.config.tie_word_embeddings
     assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) != model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_official_checkpoints_load_as_they_are_with_the_same_logits(source, file, tmp_path):
+    folder = official(source, tmp_path / "theirs", file)
+    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(found[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.base_lr == 1.0, "also for an MLP, whose default here is that of the paper"
+    assert model.config.use_cache
+    ids = tokens(1, 21)
+    assert distance(model.eval()(ids).logits, source(ids).logits) == 0
 
 
 def test_a_checkpoint_in_shards_is_read_whole_or_not_at_all(source, tmp_path):

@@ -14,7 +14,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import huggingface_hub.constants
+import pytest
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".png")
 ID = r"(?P<repo>[^/]+/[^/]+)"
@@ -46,7 +50,8 @@ class HubStandIn:
     """Serves repositories while a `with` block lasts; what happened is in its attributes.
 
     `tokens` maps a token to "write" or "read". `breaks_upload(n)` says whether the connection of the n-th upload
-    (from 0) breaks in the middle. `uploads` lists (oid, whole) in order, `requests` (method, path, token or None).
+    (from 0) breaks in the middle, `breaks_download` whether those that fetch large files do. `uploads` lists (oid,
+    whole) in order, `requests` (method, path, token or None).
     """
 
     def __init__(self, tokens: dict[str, str]):
@@ -57,6 +62,7 @@ class HubStandIn:
         self.requests: list[tuple[str, str, str | None]] = []
         self.unknown: list[tuple[str, str]] = []
         self.breaks_upload: Callable[[int], bool] = lambda number: False
+        self.breaks_download = False
         self.lock = threading.Lock()
 
     def __enter__(self) -> "HubStandIn":
@@ -80,6 +86,27 @@ class HubStandIn:
     def storage_url(self) -> str:
         """The same server under another name: for a client another origin."""
         return f"http://localhost:{self.server.server_port}"
+
+    def put(self, repo_id: str, files: dict[str, bytes], *, private: bool = False, revision: str = "main") -> None:
+        """Add a commit that holds these files and no others."""
+        repository = self.repositories.setdefault(repo_id, Repository(private))
+        self.objects |= {hashlib.sha256(content).hexdigest(): content for content in files.values()}
+        repository.commit(revision, files, None)
+
+    def be_the_only(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        """Let the client of this process know no other Hub, cache and token than those here and below `home`."""
+        constants = huggingface_hub.constants
+        path = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants._HF_DEFAULT_ENDPOINT)
+        for name, value in {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + path,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_HOME": str(home),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """What a revision holds, path -> content."""
@@ -328,6 +355,9 @@ class _Handler(BaseHTTPRequestHandler):
         raise Refusal(404, "Not found")
 
     def stored(self, _: bytes, oid: str) -> None:
+        if self.hub.breaks_download and self.command == "GET":
+            self.close_connection = True
+            return
         self._answer(self.hub.objects[oid], 200, {"ETag": f'"{oid}"', "Content-Type": "application/octet-stream"})
 
 

@@ -25,15 +25,24 @@ EVALUATION = {
         {"value_digits": 8, "distance": 512, "documents": 61, "exact": 0.03279, "digits": 0.41803},
     ],
 }
+CONTEXT = {"windows": 19, "tokens": 48}
 FULL = {
     **EVALUATION,
     "parameters": 4321,
+    "loss_by_context": [
+        {"length": 97, "loss": 4.20124, "difference": -0.05312, "error": 0.00371, **CONTEXT},
+        {"length": 776, "loss": 4.25436, "difference": 0.0, "error": 0.0, **CONTEXT},
+    ],
     "test": {
         "tokens": 31999,
         "bytes": 99123,
         "loss_nats_per_token": 4.25049,
         "nats_per_byte": {"model": 1.31367, "trigram": 1.33008},
         "loss_by_position": [{"from": 1, "to": 15, "loss": 4.71565}, {"from": 16, "to": 776, "loss": 4.41497}],
+        "loss_by_context": [
+            {"length": 97, "loss": 4.30124, "difference": 0.01312, "error": None, **CONTEXT},
+            {"length": 776, "loss": 4.28812, "difference": 0.0, "error": None, **CONTEXT},
+        ],
     },
     "needles_by_depth": [
         {"length": length, "depth": depth, "value_digits": 4, "documents": 17, "exact": share, "digits": 0.875}
@@ -101,6 +110,8 @@ def test_both_texts_depths_pictures_and_other_checkpoints_are_shown():
     for row in (
         "| tokens of the window | novels (validation) | novels (test) |\n|---|---|---|\n| 1 to 15 | 4.596 | 4.716 |",
         "| trigram | 1.3301 |",
+        "the last 48 tokens of 19\nwindows, nats per token",
+        "| 97 | 4.201 (-0.053 ± 0.004) | 4.301 |\n| 776 | 4.254 | 4.288 |",
         "values of 4 digits answered wholly right, over 17\ndocuments each",
         "| tokens of the document | 0.0 | 1.0 |\n|---|---|---|\n| 1024 | 0.500 | 1.000 |\n| 2048 | 0.250 | 0.750 |",
         "| **ttt-1b** | 4,321 | 1.2237 | 1.3137 | 0.033 |\n| llama | 5,000 | 1.5000 | 1.3137 | not measured |",

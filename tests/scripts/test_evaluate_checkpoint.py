@@ -90,6 +90,56 @@ def test_window_losses_cover_every_token_once(tokenizer):
         window_losses(Copier(1, 300), ids, bos=0, length=25)
 
 
+def test_loss_by_context_is_that_of_the_same_tokens_read_alone(tokenizer):
+    from _evaluation import loss_by_context
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "initializer_range": 0.5})).double().eval()
+    ids = np.random.default_rng(0).integers(3, 300, 5 * 63 + 20)
+    read = []
+    rows = loss_by_context(model, ids, bos=0, length=64, most=3, tick=read.append)
+    assert [row["length"] for row in rows] == [8, 16, 32, 64] and sum(read) == 3 * (8 + 16 + 32 + 64)
+    for row in rows:
+        alone = []
+        for window in (0, 2, 4):
+            last = ids[window * 63 : window * 63 + 63][-(row["length"] - 1) :]
+            logits = model(torch.tensor([[0, *last]])).logits[0, -5:-1].log_softmax(-1).detach()
+            alone.append([-float(logits[i, token]) for i, token in enumerate(last[-4:])])
+        row["alone"] = np.asarray(alone).mean(1)
+        assert row["loss"] == pytest.approx(row["alone"].mean(), rel=1e-5)
+        assert (row["windows"], row["tokens"]) == (3, 4)
+    for row in rows:
+        difference = row["alone"] - rows[-1]["alone"]
+        assert row["difference"] == pytest.approx(difference.mean(), abs=1e-5)
+        assert row["error"] == pytest.approx(difference.std(ddof=1) / 3**0.5, abs=1e-5)
+    # Whoever looks two tokens back gains nothing from more.
+    assert all(row["difference"] == 0 for row in loss_by_context(Copier(2, 300), ids, bos=0, length=64))
+    assert loss_by_context(Copier(2, 300), ids, bos=0, length=64, most=1)[0]["error"] is None
+    with pytest.raises(ValueError, match="length must be at least 32 for a loss by context, got 31"):
+        loss_by_context(model, ids, bos=0, length=31)
+
+
+def test_parts_of_a_measurement_last_until_it_is_finished_and_serve_no_other(tmp_path):
+    from _parts import Parts
+
+    path, calls = tmp_path / ".parts", []
+
+    def measure():
+        calls.append(1)
+        return {"rows": (1, 2.5)}
+
+    for _ in range(2):
+        parts = Parts(path, {"seed": 1, "lengths": (3, 4)})
+        assert parts.get("a", measure) == {"rows": [1, 2.5]}
+    assert len(calls) == 1 and len(parts) == 1
+    assert len(Parts(path, {"seed": 2, "lengths": (3, 4)})) == 0
+    parts.finish()
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="holds no parts of a measurement; remove it"):
+        Parts(path, {})
+
+
 def test_needles_are_right_when_the_value_is_copied_and_wrong_when_not(tokenizer):
     from _evaluation import needle_accuracy, needle_windows
     from _mix import token_stream
@@ -136,7 +186,7 @@ def test_the_depth_of_a_needle_moves_it_through_a_document_of_one_length(tokeniz
             depth_windows(tokenizer, stream, **{"length": 120, "depth": 0.0, **options, **change})
 
 
-def test_the_script_writes_every_number(tokenizer, tmp_path):
+def test_the_script_writes_every_number(tokenizer, tmp_path, monkeypatch, capsys):
     from evaluate_checkpoint import main
 
     from modeling_ttt import TTTConfig, TTTForCausalLM
@@ -160,6 +210,7 @@ def test_the_script_writes_every_number(tokenizer, tmp_path):
     assert [(row["value_digits"], row["distance"]) for row in results["needles"]] == [(1, 8), (2, 8)]
     assert results["loss_by_position"][-1]["to"] == 31
     assert results["test"]["nats_per_byte"] == results["nats_per_byte"]
+    assert [row["length"] for row in results["loss_by_context"]] == [4, 8, 16, 32]
     assert [(row["length"], row["depth"]) for row in results["needles_by_depth"]] == [
         (60, 0.0),
         (60, 0.5),
@@ -170,7 +221,18 @@ def test_the_script_writes_every_number(tokenizer, tmp_path):
         rows = list(csv.DictReader(file))
     assert {row["text"] for row in rows} == {"data", "test", ""}
     assert len([row for row in rows if row["depth"]]) == 8
+    assert len([row for row in rows if row["measure"] == "nats per token, last 2"]) == 8
     assert (tmp_path / "out" / "evaluation.png").stat().st_size > 1000
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".csv", ".png"}
+    capsys.readouterr()
+    monkeypatch.setattr("evaluate_checkpoint.draw", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+    with pytest.raises(OSError, match="no room"):
+        main(options)
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    main(options)
+    assert "going on behind 7 parts" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == results
     main([*options, "--frozen_layers", "0"])
     frozen = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert frozen["nats_per_byte"]["model"] != results["nats_per_byte"]["model"]

@@ -74,13 +74,7 @@ def checkpoint(released, tmp_path):
 def hub(monkeypatch, tmp_path):
     """The stand-in, where this process' client and its token go to."""
     with HubStandIn({TOKEN: "write", READ_TOKEN: "read"}) as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
-        path = template.removeprefix(huggingface_hub.constants._HF_DEFAULT_ENDPOINT)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + path)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        hub.be_the_only(monkeypatch, tmp_path)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
     assert hub.unknown == [], "the client asks for what the stand-in does not have"

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -335,11 +336,20 @@ def command(workplace, output, *options):
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", 2],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0],
+}
+
+
 @pytest.mark.slow
-def test_killed_with_signal_9_and_resumed_equals_uninterrupted_bit_for_bit(workplace, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_with_signal_9_and_resumed_equals_uninterrupted_bit_for_bit(workplace, tmp_path, processes):
     def start(output):
-        parts = [sys.executable, *command(workplace, output, "--save_minutes", 0, "--num_threads", 1)]
-        return subprocess.Popen([*map(str, parts)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        launcher = ["-m", *LAUNCHERS["torchrun"]] if processes == 2 else []
+        parts = [sys.executable, *launcher, *command(workplace, output, "--save_minutes", 0, "--num_threads", 1)]
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        return subprocess.Popen([*map(str, parts)], env=ENVIRONMENT, start_new_session=True, **streams)
 
     whole = start(tmp_path / "whole")
     assert whole.wait(timeout=300) == 0, whole.stderr.read()
@@ -347,19 +357,14 @@ def test_killed_with_signal_9_and_resumed_equals_uninterrupted_bit_for_bit(workp
     deadline = time.monotonic() + 300
     while not (tmp_path / "killed" / "checkpoint-2").is_dir() and time.monotonic() < deadline:
         time.sleep(0.002)
-    killed.kill()
+    # Launcher and workers at once: none of them gets to say anything to another.
+    os.killpg(killed.pid, signal.SIGKILL)
     assert killed.wait(timeout=60) == -9
     left = {path.name for path in (tmp_path / "killed").glob("checkpoint-*")}
     assert left and "checkpoint-8" not in left
     again = start(tmp_path / "killed")
     assert again.wait(timeout=300) == 0, again.stderr.read()
     assert_same_training(tmp_path / "whole", tmp_path / "killed")
-
-
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", 2],
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0],
-}
 
 
 @pytest.mark.slow

@@ -8,7 +8,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from transformers import AutoConfig, AutoModelForCausalLM
+from filelock import FileLock
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import modeling_ttt  # noqa: F401  (registers "model_type": "ttt")
 from tests.scripts.training_case import (
@@ -343,3 +346,52 @@ def test_training_goes_on_from_the_weights_of_a_checkpoint(workplace, tmp_path):
         main([*rest, *same, "--init", str(tmp_path / "again"), "--overrides", '{"ttt_base_lr": 0.5}'])
     with pytest.raises(ValueError, match="model folder .*nowhere.* does not exist"):
         main([*rest, "--init", str(tmp_path / "nowhere")])
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training_before_it_spoils_anything(workplace, tmp_path):
+    from train import main
+
+    with pytest.raises(ValueError, match=r"the gradient of step \d is not finite at the learning rate .*lower lr"):
+        main(arguments(workplace, tmp_path / "run", "--lr", "1e30", "--save_minutes", 0))
+    saved = sorted((tmp_path / "run").glob("checkpoint-*"))
+    assert saved
+    for file in saved[-1].glob("*.safetensors"):
+        assert all(torch.isfinite(value).all() for value in load_file(file).values())
+
+
+def test_two_trainings_do_not_share_a_folder(workplace, tmp_path):
+    from train import main
+
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another training runs in output_dir"):
+        main(arguments(workplace, tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+    main(arguments(workplace, tmp_path, "--max_minutes", 0))
+
+
+def test_an_export_replaces_weights_and_nothing_else(workplace, tmp_path):
+    from train import main
+
+    (tmp_path / "model").mkdir()
+    for name in ("README.md", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / "model" / name).write_text("from before")
+    main(arguments(workplace, tmp_path / "run", "--export", tmp_path / "model"))
+    left = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= left
+    assert not any(name.startswith((".", "model-")) or name.endswith("index.json") for name in left)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == torch.bfloat16
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".part")]
+
+
+def test_any_tokenizer_serves_a_training_without_needles(workplace, tmp_path):
+    """One that knows whole words only, and breaks no needle into digits."""
+    from train import main
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "it": 3, "was": 4, "times": 5}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path / "words")
+    options = ["--tokenizer", tmp_path / "words", "--output_dir", tmp_path / "run"]
+    with pytest.raises(ValueError, match="tokenizer must tell the 16 hexadecimal digits apart"):
+        main(arguments(workplace, tmp_path / "run", *options))
+    main(arguments(workplace, tmp_path / "run", *options, "--needle_fraction", 0))
+    assert "needle_1_exact" not in read_metrics(tmp_path / "run")[-1]
