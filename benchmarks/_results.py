@@ -108,8 +108,8 @@ def _ratio(case: str, pair: str) -> Callable[[Results], dict | None]:
     return lambda results: results.ratio(case, pair)
 
 
-def _baseline(case: str, net: str) -> Callable[[Results], dict | None]:
-    return _ratio(case, f"eager-{net}/ttt-{net}")
+def _baseline(case: str, net: str, ours: str = "native-{}") -> Callable[[Results], dict | None]:
+    return _ratio(case, f"eager-{net}/{ours.format(net)}")
 
 
 def _share(case: str, net: str) -> Callable[[Results], dict | None]:
@@ -128,7 +128,9 @@ def _growth(results: Results) -> dict | None:
 def _train_targets() -> list[Target]:
     bounds: Sequence[tuple[str, float]] = (("linear", 1.5), ("mlp", 1.4))
     return [
-        Target(f"train step, small, {net}, B=2 T={t}: baseline / ours", _baseline(f"train-small-{net}-{t}", net), b, 2)
+        Target(
+            f"train step, small, {net}, B=2 T={t}: baseline / native", _baseline(f"train-small-{net}-{t}", net), b, 2
+        )
         for net, b in bounds
         for t in (512, 1024)
     ]
@@ -140,20 +142,28 @@ def _memory_target(net: str) -> Target:
     return Target(text, lambda results: results.peak(case, f"ttt-{net}"), MIB_PER_GB, None, True, "{:.0f} MiB")
 
 
-def _plasticity_target(net: str) -> Target:
-    value = _ratio(f"extras-small-{net}-2048", f"ttt-{net}+plasticity/ttt-{net}")
-    return Target(f"prefill 2048, small, {net}: with plasticity / without", value, 1.03, None, True, "{:.3f}x")
+def _decode_target(net: str) -> Target:
+    value = _baseline(f"decode-small-{net}", net, "ttt-{}+compiled")
+    return Target(f"decode, small, {net}: baseline / compiled", value, 2.2, 4)
+
+
+def _plasticity_target(backend: str, net: str) -> Target:
+    own = f"{'ttt' if backend == 'chunked' else backend}-{net}"
+    value = _ratio(f"extras-small-{net}-2048", f"{own}+plasticity/{own}")
+    text = f"prefill 2048, small, {net}, {backend}: with plasticity / without"
+    return Target(text, value, 1.03, None, True, "{:.3f}x")
 
 
 TARGETS = [
-    Target("prefill 2048, small, linear: baseline / ours", _baseline("prefill-small-linear-2048", "linear"), 1.6, 2.1),
-    Target("prefill 2048, small, mlp: baseline / ours", _baseline("prefill-small-mlp-2048", "mlp"), 1.7, 2.0),
-    Target("decode, small, linear: baseline / ours", _baseline("decode-small-linear", "linear"), 2.2, 4),
-    Target("decode, small, mlp: baseline / ours", _baseline("decode-small-mlp", "mlp"), 2.2, 4),
+    Target(
+        "prefill 2048, small, linear: baseline / native", _baseline("prefill-small-linear-2048", "linear"), 1.6, 2.1
+    ),
+    Target("prefill 2048, small, mlp: baseline / native", _baseline("prefill-small-mlp-2048", "mlp"), 1.7, 2.0),
+    *(_decode_target(net) for net in ("linear", "mlp")),
     *_train_targets(),
     Target(
         "train step, small with vocabulary 512, mlp, B=2 T=1024: peak memory, baseline / ours",
-        _baseline("memory-train-small-mlp", "mlp"),
+        _baseline("memory-train-small-mlp", "mlp", "ttt-{}"),
         3.5,
     ),
     Target(
@@ -171,7 +181,7 @@ TARGETS = [
     ),
     Target("prefill 8192, linear: Llama / ours", _ratio("prefill-peers-8192", "llama/ttt-linear"), 1),
     Target("the same ratio at 32768 tokens / at 8192", _growth, 1),
-    *(_plasticity_target(net) for net in ("linear", "mlp")),
+    *(_plasticity_target(backend, net) for backend in ("chunked", "native") for net in ("linear", "mlp")),
     *(_memory_target(net) for net in ("linear", "mlp")),
 ]
 """What the library promises."""

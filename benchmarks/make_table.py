@@ -23,6 +23,8 @@ LABELS = {
     "gdn-hybrid": "gated delta net, 3 + 1 full",
 }
 OWN = ("ttt-linear", "ttt-mlp")
+WAYS = (("chunked", "ttt-{}"), ("native", "native-{}"), ("chunked, compiled", "ttt-{}+compiled"))
+"""Ways of running our model, and their contenders."""
 FIGURE = "images/benchmark_lengths.png"
 NOT_MEASURED = "-"
 
@@ -31,6 +33,8 @@ Rows = Iterable[Sequence[str]]
 METHOD = f"""- **Ratio**: contenders run in turn, each round starts with another, the ratio is taken within a round.
   Shown are the median over rounds and the quartiles, which describe the rounds of one run on one machine.
 - **Ours**: `TTTForCausalLM`, without plasticity unless that is what is measured: the baseline and the peers have none.
+  Where no way is named it is the default, `chunked`. **native**: `config.ttt_backend = "native"`; it has no
+  `output_ttt_stats`. **compiled**: `torch.compile(model, fullgraph=True)`, compilation not counted.
 - **Baseline**: `benchmarks/eager_baseline.py`, the same function from the same weights as a plain loop over
   mini-batches; a test holds its logits and gradients to the library's to 1e-10 in float64. It is our own code written
   for this comparison, not the official one.
@@ -164,18 +168,10 @@ def _against_baseline(results: Results) -> str:
         cases += [f"train-small-{net}-{t}" for t in (512, 1024)] + [f"train-125m-{net}-512"]
         for case in cases:
             if case in results.cases:
-                names = [f"{kind}-{net}" for kind in ("ttt", "eager")]
-                rows.append(
-                    (
-                        _case_label(results, case),
-                        net,
-                        *(_number(results.tokens_per_second(case, name)) for name in names),
-                        _spread(results.ratio(case, f"eager-{net}/ttt-{net}")),
-                        _spread(results.ratio(case, f"gemm-{net}/ttt-{net}"), "{:.0%}"),
-                        _spread(results.beyond(case, f"eager-{net}", f"ttt-{net}", f"gemm-{net}")),
-                    )
-                )
-    head = ("step", "inner net", "ours, tokens/s", "baseline, tokens/s", "speed-up", "share of limit", "beyond limit")
+                measured = results.cases[case]["contenders"]
+                ways = ((way, name.format(net)) for way, name in WAYS)
+                rows += [_baseline_row(results, case, net, *one) for one in ways if one[1] in measured]
+    head = ("step", "inner net", "way", "tokens/s", "baseline, tokens/s", "speed-up", "share of limit", "beyond limit")
     table = _table(head, rows)
     decode = []
     for net in INNER_NETS:
@@ -185,6 +181,19 @@ def _against_baseline(results: Results) -> str:
             faster = f", {compiled:.2f} ms through `torch.compile`" if compiled else ""
             decode.append(f"{net} {own:.2f} ms per token{faster} (baseline {baseline:.2f} ms)")
     return table + (f"\n\nDecoding: {', '.join(decode)}." if decode else "")
+
+
+def _baseline_row(results: Results, case: str, net: str, way: str, own: str) -> Sequence[str]:
+    eager, gemm = f"eager-{net}", f"gemm-{net}"
+    return (
+        _case_label(results, case),
+        net,
+        way,
+        *(_number(results.tokens_per_second(case, one)) for one in (own, eager)),
+        _spread(results.ratio(case, f"{eager}/{own}")),
+        _spread(results.ratio(case, f"{gemm}/{own}"), "{:.0%}"),
+        _spread(results.beyond(case, eager, own, gemm)),
+    )
 
 
 def _against_peers(results: Results, figure: str | None) -> str:
@@ -252,19 +261,21 @@ def _memory(results: Results) -> str:
         for net in INNER_NETS:
             case = f"memory-train-{size}-{net}"
             if case in results.cases:
-                peaks = [_spread(results.peak(case, f"{kind}-{net}"), "{:.0f}") for kind in ("ttt", "eager")]
-                rows.append(
-                    (f"train step, {text}", net, *peaks, _spread(results.ratio(case, f"eager-{net}/ttt-{net}")))
-                )
+                for way, name in WAYS[:2]:
+                    own = name.format(net)
+                    peaks = [_spread(results.peak(case, one), "{:.0f}") for one in (own, f"eager-{net}")]
+                    ratio = _spread(results.ratio(case, f"eager-{net}/{own}"))
+                    rows.append((f"train step, {text}", net, way, *peaks, ratio))
     for net in INNER_NETS:
         case = f"memory-prefill-small-{net}-{MEMORY_TOKENS}"
         if case in results.cases:
             label = f"prefill of {MEMORY_TOKENS:,} tokens in one call, small, logits of the last"
-            peak = _spread(results.peak(case, f"ttt-{net}"), "{:.0f}")
-            rows.append((label, net, peak, NOT_MEASURED, NOT_MEASURED))
+            for way, name in WAYS[:2]:
+                peak = _spread(results.peak(case, name.format(net)), "{:.0f}")
+                rows.append((label, net, way, peak, NOT_MEASURED, NOT_MEASURED))
     if not rows:
         return "Not measured."
-    header = ("step", "inner net", "ours, MiB", "baseline, MiB", "baseline / ours")
+    header = ("step", "inner net", "way", "ours, MiB", "baseline, MiB", "baseline / ours")
     return (
         _table(header, rows)
         + "\n\nAbove what was resident just before the step: weights and inputs were there already and do not count."
@@ -274,13 +285,15 @@ def _memory(results: Results) -> str:
 def _extras(results: Results) -> str:
     rows = []
     for net in INNER_NETS:
-        case, own = f"extras-small-{net}-2048", f"ttt-{net}"
-        if case in results.cases:
+        case = f"extras-small-{net}-2048"
+        for way, name in WAYS[:2]:
+            own = name.format(net)
             ratios = [results.ratio(case, f"{own}+{option}/{own}") for option in ("plasticity", "stats")]
-            rows.append((net, *(_spread(one, "{:.3f}x") for one in ratios), str(ratios[0]["n"])))
+            if ratios[0]:
+                rows.append((net, way, *(_spread(one, "{:.3f}x") for one in ratios), str(ratios[0]["n"])))
     if not rows:
         return "Not measured."
-    header = ("prefill 2048, small", "`output_plasticity`", "`output_ttt_stats` (and plasticity)", "rounds")
+    header = ("prefill 2048, small", "way", "`output_plasticity`", "`output_ttt_stats` (and plasticity)", "rounds")
     return _table(header, rows) + "\n\nTime with it / time with neither."
 
 

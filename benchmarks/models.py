@@ -1,7 +1,7 @@
 """The models that are compared: TTT, its eager baseline, the limit set by its matrix products, and peers of its size.
 
-A model is named `<kind>` or `<kind>-<inner net>`: ttt-linear, ttt-mlp, reference-linear, eager-linear, gemm-linear,
-..., llama, mamba2, gdn, gdn-hybrid. Weights are random: they do not change what is computed.
+A model is named `<kind>` or `<kind>-<inner net>`: ttt-linear, ttt-mlp, native-linear, reference-linear, eager-linear,
+gemm-linear, ..., llama, mamba2, gdn, gdn-hybrid. Weights are random: they do not change what is computed.
 """
 
 import functools
@@ -80,10 +80,9 @@ def build_model(name: str, size: str, backend: str = "chunked", device: str = "c
         raise ValueError(f"size must be one of {sorted(SIZES)}, got {size!r}")
     kind, _, inner_net = name.partition("-")
     torch.manual_seed(0)
-    if kind in ("ttt", "reference", "eager", "gemm") and inner_net in ("linear", "mlp"):
-        config = TTTConfig(
-            **SIZES[size], ttt_layer_type=inner_net, ttt_backend="reference" if kind == "reference" else backend
-        )
+    if kind in ("ttt", "native", "reference", "eager", "gemm") and inner_net in ("linear", "mlp"):
+        backend = kind if kind in ("native", "reference") else backend
+        config = TTTConfig(**SIZES[size], ttt_layer_type=inner_net, ttt_backend=backend)
         if kind == "gemm":
             model = GemmOnly(config)
         else:
@@ -92,7 +91,9 @@ def build_model(name: str, size: str, backend: str = "chunked", device: str = "c
     elif name in _PEERS:
         model = _PEERS[name](SIZES[size])
     else:
-        raise ValueError(f"model must be <ttt|reference|eager|gemm>-<linear|mlp> or {sorted(_PEERS)}, got {name!r}")
+        raise ValueError(
+            f"model must be <ttt|native|reference|eager|gemm>-<linear|mlp> or {sorted(_PEERS)}, got {name!r}"
+        )
     return model.eval().to(device)
 
 

@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_ttt import TTTConfig
+from .projection import Projection
 from .segments import is_hooked
 from .short_conv import ShortConv
 from .token_grid import TokenGrid
@@ -36,9 +37,9 @@ class TTTMLP(nn.Module):
 
     def __init__(self, config: TTTConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Projection(config.hidden_size, config.intermediate_size)
+        self.up_proj = Projection(config.hidden_size, config.intermediate_size)
+        self.down_proj = Projection(config.intermediate_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ class TTTMLP(nn.Module):
         """Many tokens (these are the widest tensors of the model), and nobody but this layer sees them."""
         if torch.is_grad_enabled() or gate.shape[1] < 64 or gate.dtype != up.dtype:
             return False
-        plain = type(self.gate_proj) is nn.Linear and type(self.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
+        plain = type(self.gate_proj) is Projection and type(self.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
         # Tracers and offloading replace `forward` of an instance.
         modules = (self.gate_proj, self.act_fn)
         return plain and not any("forward" in vars(m) for m in modules) and not is_hooked(*modules)

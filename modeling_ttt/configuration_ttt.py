@@ -12,8 +12,8 @@ from .inner_net import INNER_NETS, InnerNet
 
 __all__ = ["BACKEND_NAMES", "PRESETS", "TTTConfig"]
 
-BACKEND_NAMES = ("auto", "triton", "chunked", "reference")
-"""Ways to compute the inner loop; "auto" is the first of the others that serves a call."""
+BACKEND_NAMES = ("auto", "triton", "chunked", "native", "reference")
+"""Ways to compute the inner loop."""
 
 PRESETS = {
     "125m": {
@@ -77,8 +77,9 @@ class TTTConfig(PreTrainedConfig):
         ttt_layer_type: The inner net, "linear" or "mlp".
         ttt_base_lr: Base inner learning rate; None means 1.0 for "linear" and 0.1 for "mlp" as in the paper.
         mini_batch_size: Tokens K per inner mini-batch.
-        ttt_backend: How the inner loop is computed: "triton" (kernels on a CUDA device), "chunked" (dual form),
-            "reference" (token by token) or "auto", the first of these that serves a call.
+        ttt_backend: How the inner loop is computed: "triton" (kernels on a CUDA device), "chunked" (dual form in
+            PyTorch), "native" (dual form in C++ on a CPU, compiled on first use), "reference" (token by token) or
+            "auto": "triton" where it serves a call, else "chunked".
         output_plasticity: Whether a forward pass returns the plasticity of every token.
         output_ttt_stats: Whether a forward pass returns the diagnostics of the inner loop.
         frozen_layers: Indices of layers that read W_0 and never write.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["INNER_NETS", "InnerNet", "Weights", "forward_chain", "output_gradients"]
+__all__ = ["INNER_NETS", "InnerNet", "Weights", "forward_chain", "multiply", "output_gradients"]
 
 Weights = list[tuple[Tensor, Tensor]]
 """One (W [N, in, out], b [N, 1, out]) per linear map."""
@@ -42,13 +42,25 @@ class InnerNet:
 INNER_NETS = {"linear": InnerNet("linear", (1, 1)), "mlp": InnerNet("mlp", (1, 4, 1))}
 
 
+def multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [N, n, a] times matrix [N, a, b].
+
+    For one token, compiled code on a CPU makes a single loop of the sum and what is around it; a batched product would
+    be a call of its own for a handful of numbers.
+    """
+    if torch.compiler.is_compiling() and x.dim() == 3 and x.shape[1] == 1 and x.device.type == "cpu":
+        return (x.mT * matrix).sum(1, keepdim=True)
+    return x @ matrix
+
+
 def forward_chain(weights: Weights, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Apply the net to `x` [N, n, f] and return the input and the output of every map, each [N, n, width]."""
     inputs, outputs = [], []
     for i, (weight, bias) in enumerate(weights):
         x = F.gelu(outputs[-1], approximate="tanh") if i else x
         inputs.append(x)
-        outputs.append(torch.baddbmm(bias, x, weight) if x.dim() == 3 else x @ weight + bias)
+        fused = x.dim() == 3 and not torch.compiler.is_compiling()
+        outputs.append(torch.baddbmm(bias, x, weight) if fused else multiply(x, weight) + bias)
     return inputs, outputs
 
 
@@ -56,6 +68,6 @@ def output_gradients(weights: Weights, outputs: list[Tensor], grad: Tensor) -> l
     """Carry the inner loss's gradient at the last output, `grad` [N, n, f], back to the output of every map."""
     grads = [grad]
     for i in range(len(weights) - 1, 0, -1):
-        grad_input = grads[0] @ weights[i][0].transpose(-1, -2)
+        grad_input = multiply(grads[0], weights[i][0].mT)
         grads.insert(0, torch.ops.aten.gelu_backward(grad_input, outputs[i - 1], approximate="tanh"))
     return grads

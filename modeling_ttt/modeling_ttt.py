@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .block import TTTBlock, TTTRMSNorm
 from .call_inputs import build_grid, expand_lr_mult, layer_lr_mults, prepare_cache, refuse_unknown
 from .configuration_ttt import TTTConfig
+from .projection import Projection
 from .rotary import rotary_table
 from .segments import columns_of, cut_into_segments
 from .short_conv import ShortConv
@@ -213,7 +214,7 @@ class TTTModel(TTTPreTrainedModel):
         config, dtype = self.config, scan_dtype(hidden_states.dtype)
         theta = float(config.rope_parameters["rope_theta"])
         table = rotary_table(config.mini_batch_size, config.head_dim, theta, dtype, hidden_states.device)
-        rotary = table[grid.slot][:, :, None]  # [B or 1, T, 1, f/2]
+        rotary = table[grid.slot][:, :, None]  # [B or 1, T, 1, f/2, 2]
         found = []
         for layer, past, lr_mult in zip(self.layers[: config.num_hidden_layers], states, lr_mults, strict=True):
             hidden_states, *more = layer(
@@ -245,7 +246,7 @@ class TTTForCausalLM(TTTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = TTTModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Projection(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @can_return_tuple

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from .configuration_ttt import BACKEND_NAMES
 from .scan_chunked import scan_chunked
 from .scan_chunked import unsupported as chunked_unsupported
+from .scan_native import scan_native
+from .scan_native import unsupported as native_unsupported
 from .scan_reference import scan_reference
 from .scan_reference import unsupported as reference_unsupported
 from .scan_triton import scan_triton
@@ -16,9 +17,11 @@ __all__ = ["BACKENDS", "scan"]
 BACKENDS: dict[str, tuple[Callable[[ScanInputs], ScanOutput], Callable[[ScanInputs], str | None]]] = {
     "reference": (scan_reference, reference_unsupported),
     "chunked": (scan_chunked, chunked_unsupported),
+    "native": (scan_native, native_unsupported),
     "triton": (scan_triton, triton_unsupported),
 }
-AUTO_ORDER = BACKEND_NAMES[1:]
+# Without "native": that compiles code on the user's machine, which is to be asked for.
+AUTO_ORDER = ("triton", "chunked")
 
 
 def scan(inputs: ScanInputs, backend: str = "auto") -> ScanOutput:

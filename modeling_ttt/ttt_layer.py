@@ -8,6 +8,7 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_ttt import TTTConfig
 from .inner_stats import target_dispersion
 from .objective import unit_layer_norm
+from .projection import Projection
 from .rotary import rotate
 from .scan import scan
 from .short_conv import ShortConv
@@ -33,16 +34,16 @@ class TTTLayer(nn.Module):
         width, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
         # Read often: attributes of a configuration are slow to look up.
         self.num_heads, self.head_dim, self.inner_net = heads, head_dim, config.inner_net
-        self.q_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Projection(width, width)
         if config.share_qk:
             self.conv_q = ShortConv(width, config.conv_kernel)
             self.conv_k = ShortConv(width, config.conv_kernel)
         else:
-            self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+            self.k_proj = Projection(width, width)
+        self.v_proj = Projection(width, width)
+        self.o_proj = Projection(width, width)
         if config.use_gate:
-            self.g_proj = nn.Linear(width, width, bias=False)
+            self.g_proj = Projection(width, width)
         self.post_norm = nn.LayerNorm(width, eps=1e-6)
         self.learnable_token_idx = nn.Parameter(torch.zeros(config.mini_batch_size))
         self.learnable_ttt_lr_weight = nn.Parameter(torch.zeros(heads, 1, width))
@@ -68,7 +69,7 @@ class TTTLayer(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, TTTStats | None]:
         """Mix the tokens of a call, [B, T, C], going on from the named state tensors `past`.
 
-        `rotary` holds every token's turn cos + i sin, [B or 1, T, 1, f/2]; `lr_mult`, broadcastable to [B, H, T],
+        `rotary` holds every token's turn (cos, sin), [B or 1, T, 1, f/2, 2]; `lr_mult`, broadcastable to [B, H, T],
         multiplies the inner learning rate. Returns the mixed states [B, T, C], the new state tensors, plasticity and
         statistics.
         """

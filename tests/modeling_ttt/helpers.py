@@ -1,9 +1,15 @@
 """Small models and comparisons the model tests share."""
 
+import pytest
 import torch
 
 from modeling_ttt import TTTConfig, TTTForCausalLM
+from modeling_ttt.native_library import load_library
 from tests.conftest import TINY
+
+_LIBRARY, _WHY_NOT = load_library()
+NEEDS_NATIVE = pytest.mark.skipif(_LIBRARY is None, reason=f"no native backend here: {_WHY_NOT}")
+NATIVE = pytest.param("native", marks=NEEDS_NATIVE)
 
 BACKBONES = {
     "plain": {},

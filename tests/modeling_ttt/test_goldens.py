@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from modeling_ttt import TTTConfig, TTTForCausalLM
 
+from .helpers import NATIVE
+
 GOLDENS = Path(__file__).parent / "goldens"
 FORWARD = sorted(path.stem for path in GOLDENS.glob("*_L*.json"))
 GENERATION = sorted(path.stem for path in GOLDENS.glob("gen_*.json"))
@@ -35,7 +37,7 @@ def relative(got, expected):
     return float(((got - expected).norm() / expected.norm().clamp(min=1e-30)).detach())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, NATIVE])
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward_and_gradients_equal_the_official_code(name, backend):
     model, golden, meta = load_golden(name, backend=backend)
@@ -117,7 +119,7 @@ def test_float32_run_is_within_1e_5(name, backend):
     assert out.plasticity[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, NATIVE])
 @pytest.mark.parametrize("name", GENERATION)
 def test_greedy_generation_equals_the_official_code(name, backend):
     model, golden, meta = load_golden(name, backend=backend)

@@ -1,4 +1,4 @@
-"""The hand-derived backward of the chunked backend equals autograd of the reference, for every input, in float64."""
+"""The hand-derived backward of the dual form equals autograd of the reference, for every input, in float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from modeling_ttt import chunked_forward
 from modeling_ttt.inner_net import INNER_NETS, InnerNet
 from modeling_ttt.scan import scan
 
-from .helpers import tiny, tokens
+from .helpers import NATIVE, tiny, tokens
 from .scan_cases import Case, build, leaves, moved, outputs
 
 CASES = {
@@ -47,17 +47,19 @@ def worst(got, want):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("net", ["linear", "mlp"])
-def test_gradients_of_every_input_equal_autograd_of_the_reference(net, case):
+@pytest.mark.parametrize("backend", ["chunked", NATIVE])
+def test_gradients_of_every_input_equal_autograd_of_the_reference(backend, net, case):
     inputs = moved(build(Case(**{**vars(case), "net": net})), torch.float64, "cpu", case.strided)
-    got, want = gradients(inputs, "chunked"), gradients(inputs, "reference")
+    got, want = gradients(inputs, backend), gradients(inputs, "reference")
     assert worst(got[0], want[0]) < 1e-11
     assert worst(got[1], want[1]) < 1e-10
 
 
-def test_gradients_of_a_deeper_net_equal_the_reference(monkeypatch):
+@pytest.mark.parametrize("backend", ["chunked", NATIVE])
+def test_gradients_of_a_deeper_net_equal_the_reference(backend, monkeypatch):
     monkeypatch.setitem(INNER_NETS, "deep", InnerNet("deep", (1, 2, 3, 1)))
     inputs = moved(build(Case(net="deep", length=75, first=3)), torch.float64, "cpu", False)
-    assert worst(gradients(inputs, "chunked")[1], gradients(inputs, "reference")[1]) < 1e-10
+    assert worst(gradients(inputs, backend)[1], gradients(inputs, "reference")[1]) < 1e-10
 
 
 @pytest.mark.parametrize("stride", [1, 3])
@@ -104,8 +106,9 @@ def test_token_without_write_or_gradient_has_a_finite_plasticity_gradient():
     assert all(torch.isfinite(g).all() for g in grads)
 
 
-def test_second_derivative_is_refused_and_the_reference_named():
-    model = tiny(ttt_backend="chunked")
+@pytest.mark.parametrize("backend", ["chunked", NATIVE])
+def test_second_derivative_is_refused_and_the_reference_named(backend):
+    model = tiny(ttt_backend=backend)
     embeds = model.model.embed_tokens(tokens(1, 9)).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(model(inputs_embeds=embeds).logits.square().sum(), embeds, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative: set config.ttt_backend = 'reference'"):
@@ -134,28 +137,30 @@ def test_second_derivative_is_refused_also_when_it_comes_in_from_above(how):
             torch.autograd.functional.jvp(lambda x: model(inputs_embeds=x).logits, embeds, torch.ones_like(embeds))
 
 
+@pytest.mark.parametrize("backend", ["chunked", NATIVE])
 @pytest.mark.parametrize("case", ["masks, rows at different phases", "borders, masks, continued"])
-def test_nothing_uninitialised_is_read(case):
+def test_nothing_uninitialised_is_read(case, backend):
     """Under deterministic algorithms PyTorch fills new memory with NaN."""
     inputs = moved(build(Case(**{**vars(CASES[case]), "net": "mlp"})), torch.float64, "cpu", False)
-    want = gradients(inputs, "chunked")
+    want = gradients(inputs, backend)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        got = gradients(inputs, "chunked")
+        got = gradients(inputs, backend)
     finally:
         torch.use_deterministic_algorithms(False)
     assert worst(got[0], want[0]) == worst(got[1], want[1]) == 0
 
 
+@pytest.mark.parametrize("backend", ["chunked", NATIVE])
 @pytest.mark.parametrize("net", ["linear", "mlp"])
-def test_carried_rows_count_as_they_are(net):
+def test_carried_rows_count_as_they_are(net, backend):
     """Rows that do not follow from the weights (edited, or of another model) are read, committed, given gradients."""
     inputs = build(Case(net=net, length=30, first=13))
     for x, g in inputs.state.rows:
         x.mul_(1.5)
         g.mul_(-0.5)
     inputs = moved(inputs, torch.float64, "cpu", False)
-    got, want = gradients(inputs, "chunked"), gradients(inputs, "reference")
+    got, want = gradients(inputs, backend), gradients(inputs, "reference")
     assert worst(got[0], want[0]) < 1e-11
     assert worst(got[1], want[1]) < 1e-10
 

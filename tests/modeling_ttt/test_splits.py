@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from modeling_ttt.native_library import load_library
+
 from .helpers import BACKBONES, cache_distance, distance, read_in_pieces, tiny, tokens
 
 SPLITS = {
@@ -130,7 +132,7 @@ def test_a_row_that_waits_keeps_its_open_writes():
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_both_backends_agree_on_random_masks_borders_and_splits(seed):
+def test_all_backends_agree_on_random_masks_borders_and_splits(seed):
     rng = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -146,10 +148,11 @@ def test_both_backends_agree_on_random_masks_borders_and_splits(seed):
     border = torch.rand(batch, length, generator=rng) < 0.15
     cuts = sorted({draw(0, length) for _ in range(draw(0, 4))} - {0})
     results = {}
-    for backend in ("chunked", "reference"):
+    backends = ["chunked", *(["native"] if load_library()[0] else []), "reference"]
+    for backend in backends:
         model.config.ttt_backend = backend
         cache, logits, start = None, [], 0
-        for end in [*cuts, length] if backend == "chunked" else [length]:
+        for end in [*cuts, length] if backend != "reference" else [length]:
             with torch.no_grad():
                 out = model(
                     ids[:, start:end],
@@ -161,9 +164,10 @@ def test_both_backends_agree_on_random_masks_borders_and_splits(seed):
             logits.append(out.logits)
             cache, start = out.past_key_values, end
         results[backend] = torch.cat(logits, 1)[mask.bool()], cache
-    if results["chunked"][0].numel():
-        assert distance(results["chunked"][0], results["reference"][0]) < 1e-10
-    assert cache_distance(results["chunked"][1], results["reference"][1]) < 1e-10
+    for backend in backends:
+        if results[backend][0].numel():
+            assert distance(results[backend][0], results["reference"][0]) < 1e-10
+        assert cache_distance(results[backend][1], results["reference"][1]) < 1e-10
 
 
 def test_rows_do_not_see_each_other():

@@ -12,7 +12,7 @@ import torch
 from modeling_ttt import scan_triton
 from modeling_ttt.scan import scan
 from modeling_ttt.scan_triton import unsupported
-from modeling_ttt.triton_check import trial
+from modeling_ttt.trial import trial
 
 from .helpers import tiny, tokens
 from .scan_cases import Case, build, errors, gradient_errors, leaves, moved, outputs
@@ -87,7 +87,7 @@ def test_a_second_derivative_is_refused(net):
 
 @pytest.mark.parametrize("net", ["linear", "mlp"])
 def test_the_self_check_passes_and_finds_a_wrong_kernel(net, monkeypatch):
-    configuration = torch.device("cpu"), net, 16, 32, "ieee", False
+    configuration = scan_triton.scan_triton, torch.device("cpu"), net, 16, 32, "ieee", False
     assert trial(*configuration) is None
     right = scan_triton.unalign
     monkeypatch.setattr(scan_triton, "unalign", lambda *args: 1.001 * right(*args))
@@ -98,7 +98,7 @@ def test_the_self_check_passes_and_finds_a_wrong_kernel(net, monkeypatch):
 
 def test_the_self_check_of_a_training_step_passes_with_rounded_factors():
     with torch.device("meta"):  # whatever default device the caller has set
-        assert trial(torch.device("cpu"), "linear", 32, 16, "bf16", True) is None
+        assert trial(scan_triton.scan_triton, torch.device("cpu"), "linear", 32, 16, "bf16", True) is None
 
 
 def test_a_call_that_cannot_be_served_says_why():
