@@ -48,6 +48,7 @@ DEFINITIONS = {
     "weights_fingerprint": "SHA-256 of the names, shapes and up to 1024 evenly spread values of every parameter.",
     "seconds": "Wall-clock time of all passes, freezing included, of the slowest process, in seconds.",
     "tokens_per_second": "Tokens of the run (each counted once) by seconds.",
+    "pass_seconds": "Seconds of each reading, all processes added up: nothing frozen, then every freezing.",
 }
 _PACKAGES = (
     "torch",
@@ -161,10 +162,14 @@ class _Reader:
     def read(self, batch: Sequence[tuple[int, Document]]) -> tuple[pa.Table, dict[str, Any]]:
         """Rows of several numbered documents, and notes for run.json."""
         rows = [document.input_ids for _, document in batch]
-        begun = time.perf_counter()
+        clock = [time.perf_counter()]
         readings = read_batch(self.model, rows, segment_length=self.segment_length, stats=self.stats)
-        frozen = [self._read_frozen(rows, freezing) for freezing in self.freezing]
-        seconds = time.perf_counter() - begun
+        clock.append(time.perf_counter())
+        frozen = []
+        for freezing in self.freezing:
+            frozen.append(self._read_frozen(rows, freezing))
+            clock.append(time.perf_counter())
+        per_pass = np.diff(clock).tolist()
         tables, notes = [], []
         for row, (index, document) in enumerate(batch):
             loss = readings[row].loss
@@ -177,7 +182,7 @@ class _Reader:
             extras = {"greedy": greedy, **readings[row].stats}
             tables.append(token_table(self._columns(index, document, loss), plasticity, loss_frozen, extras))
             notes.append(self._note(index, document, loss, loss_frozen))
-        return pa.concat_tables(tables), {"documents": notes, "seconds": seconds}
+        return pa.concat_tables(tables), {"documents": notes, "seconds": sum(per_pass), "pass_seconds": per_pass}
 
     def empty(self) -> pa.Table:
         """The table of a process without documents."""
@@ -247,7 +252,9 @@ def _collect_shard(
                 folder.write_part(table, index, rank, world_size, notes=notes)
             bar.update(sum(len(document.input_ids) for _, document in batch))
     if index < 0:
-        folder.write_part(reader.empty(), 0, rank, world_size, notes={"documents": [], "seconds": 0.0})
+        folder.write_part(
+            reader.empty(), 0, rank, world_size, notes={"documents": [], "seconds": 0.0, "pass_seconds": []}
+        )
     folder.merge_parts(rank, world_size)
 
 
@@ -282,8 +289,13 @@ def _totals(notes: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[dict[str
         "nats_per_byte": nats[0] / size if size and nats[0] is not None else None,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "pass_seconds": _add_columns(part["pass_seconds"] for process in notes for part in process),
     }
     return [{key: entry[key] for key in ("document", "name", "tokens", "bytes")} for entry in entries], totals
+
+
+def _add_columns(rows: Iterable[Sequence[float]]) -> list[float]:
+    return [sum(column) for column in zip(*(row for row in rows if row), strict=True)]
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
