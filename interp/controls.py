@@ -54,10 +54,7 @@ def control_documents(
             ids = body[needed // 3 :][:room]
         else:
             other = documents[(index + 1) % len(documents)].input_ids[:length]
-            made.append(
-                Document(f"{document.name} after another", np.concatenate([other, document.input_ids[:length]]))
-            )
-            continue
+            head, ids = other, document.input_ids[:length]
         made.append(Document(f"{document.name} {kind}", np.concatenate([head, ids]).astype(np.int64)))
     return made, length if kind == "carried" else 0
 
@@ -72,7 +69,7 @@ def sample_documents(documents: Sequence[Document], number: int, sample: int, *,
     chosen = order[sample * number : (sample + 1) * number]
     if len(chosen) < number:
         raise ValueError(
-            f"sample {sample} of {number} documents of {length} tokens: the corpus has only {len(whole)} of them in all"
+            f"sample {sample} of {number} documents of {length} tokens: the corpus has only {len(whole)} of them"
         )
     return [whole[index] for index in chosen]
 

@@ -11,7 +11,7 @@ from interp.resampling import DEFAULT_BOOTSTRAP, Bootstrap, Resampler, cell_sums
 from interp.run_folder import GREEDY, Run
 from interp.tables import UNFROZEN, loss_columns
 
-__all__ = ["answer_table", "depth_table", "loss_change", "sweep_table"]
+__all__ = ["answer_table", "depth_table", "location_table", "loss_change", "sweep_table"]
 
 ALL_FROZEN = "all"
 UNFROZEN_FAMILY = "baseline"
@@ -80,6 +80,49 @@ def answer_table(
     names = [UNFROZEN, *(entry["name"] for entry in run.freezing)]
     scores = pd.DataFrame(_scores(run, answer, boot))
     return table.merge(scores.assign(configuration=names), on="configuration", how="left", validate="many_to_one")
+
+
+def location_table(
+    run: Run,
+    families: Mapping[str, Mapping[str, str]],
+    *,
+    select: Any = None,
+    boot: Bootstrap = DEFAULT_BOOTSTRAP,
+) -> pd.DataFrame:
+    """Set each third of the layers against the other subsets of as many layers that were frozen in the run.
+
+    Columns: third, configuration, subsets (how many others there are), delta (nats, as in `sweep_table`), excess
+    (delta less the mean delta of the others) and lead (delta less that of the costliest other, `strongest`), both
+    paired, with _low and _high; unit, blocks, documents, confidence. A third is where it matters when its excess and
+    its lead are above 0.
+    """
+    losses = loss_columns(run)
+    base = losses.pop(UNFROZEN)
+    size = {entry["name"]: len(entry["layers"]) for entry in run.freezing if not entry.get("heads")}
+    chosen = _selected(run, select)
+    blocks = make_blocks(run.tokens["document"], boot)
+    draw = Resampler(blocks, boot)
+    one = np.zeros(len(base), dtype=np.int64)
+    sums, draws = {}, {}
+    for name in size:
+        block_sums, counts = cell_sums(np.where(chosen, losses[name] - base, np.nan), one, 1, blocks)
+        sums[name] = float(divide(block_sums.sum(), counts.sum()))
+        draws[name] = draw.means(block_sums, counts)[:, 0]
+        used = int((counts > 0).sum())
+    rows = []
+    for third, name in families.get("thirds", {}).items():
+        others = [other for other in size if size[other] == size[name] and other != name]
+        strongest = max(others, key=sums.get) if others else None
+        nothing = (np.nan, np.full(boot.n_boot, np.nan), 0)
+        excess = lead = nothing
+        if others:
+            mean = np.mean([draws[other] for other in others], axis=0)
+            excess = (sums[name] - np.mean([sums[other] for other in others]), draws[name] - mean, used)
+            lead = (sums[name] - sums[strongest], draws[name] - draws[strongest], used)
+        row = {"third": third, "configuration": name, "subsets": len(others), "delta": sums[name]}
+        row |= {"strongest": strongest, **with_intervals({"excess": excess, "lead": lead}, boot)}
+        rows.append(row | provenance(blocks, used, boot))
+    return pd.DataFrame(rows)
 
 
 def depth_table(run: Run, *, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """How much of the writing could be left out: writes with a small gradient dropped, at what loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,22 @@ from interp.reader import DEFAULT_SEGMENT_LENGTH, evaluation_mode, read_batch
 from interp.resampling import DEFAULT_BOOTSTRAP, Bootstrap, Resampler, cell_sums, divide, make_blocks
 from interp.state import initial_state
 
-__all__ = ["skip_small_updates", "write_cost"]
+__all__ = ["read_skipping", "skip_small_updates", "skipping_table", "write_cost"]
 
 RULES = ("small gradient", "at random")
 
 
 def skip_small_updates(
+    model: Any, rows: Sequence[np.ndarray], *, boot: Bootstrap = DEFAULT_BOOTSTRAP, **options: Any
+) -> pd.DataFrame:
+    """Read documents while writes whose inner gradient is small are skipped, and say what that costs.
+
+    `options` as for `read_skipping`, the result as of `skipping_table`.
+    """
+    return skipping_table(read_skipping(model, rows, **options), write_cost(model), boot=boot)
+
+
+def read_skipping(
     model: Any,
     rows: Sequence[np.ndarray],
     *,
@@ -26,34 +36,31 @@ def skip_small_updates(
     rounds: int = 3,
     segment_length: int = DEFAULT_SEGMENT_LENGTH,
     seed: int = 0,
-    boot: Bootstrap = DEFAULT_BOOTSTRAP,
 ) -> pd.DataFrame:
-    """Read documents while writes whose inner gradient is small are skipped, and say what that costs.
+    """Read documents (token ids [T_i]) with a share of the writes left out, by two rules.
 
     Per layer the threshold is the quantile `share` of the gradient norms in a reading that skips nothing. Skipping
     changes later gradients, so the gate of every reading is made from the gradients of the one before, `rounds`
-    times: what a gate that decides token by token would do, up to `unsettled`, the share of decisions that the last
-    round would still change. The control skips as large a share of tokens at random.
+    times: what a gate that decides token by token would do, up to `unsettled`, the share of decisions that one more
+    round would change. The control skips as large a share of tokens at random.
 
-    rows: token ids [T_i] per document. Columns: share (asked for), rule ("small gradient" or "at random"), skipped
-    (share of writes left out), unsettled, count (tokens), mean_loss, delta (nats per token above skipping nothing)
-    with _low and _high; saved_writes and saved_inner (share of all operations of the model saved by skipping the
-    writes alone, and by skipping the gradient as well, which a gate would have to guess), unit, blocks, documents,
-    confidence. ValueError for shares outside (0, 1) and fewer than one round.
+    A row per share, rule ("small gradient" or "at random") and token: share, rule, document, position, base (loss
+    with nothing skipped, nats), loss, skipped (share of the token's writes, over layers), unsettled (of the reading).
+    ValueError for shares outside (0, 1) and fewer than one round.
     """
     if not all(0 < share < 1 for share in shares):
         raise ValueError(f"shares must lie between 0 and 1, got {list(shares)}")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    documents = np.concatenate([np.full(len(row), i) for i, row in enumerate(rows)])
-    blocks = make_blocks(documents, boot)
-    draw = Resampler(blocks, boot)
-    cost = write_cost(model)
     length = max(map(len, rows))
-    table = []
+    place = {
+        "document": np.concatenate([np.full(len(row), i) for i, row in enumerate(rows)]),
+        "position": np.concatenate([np.arange(len(row)) for row in rows]),
+    }
+    tables = []
     with evaluation_mode(model):
         whole = _read(model, rows, None, segment_length)
-        base = np.concatenate([reading.loss for reading in whole]).astype(np.float64)
+        base = _losses(whole)
         for share in shares:
             limit = np.quantile(np.concatenate([r.stats["inner_grad_norm"] for r in whole]), share, axis=0)
             for rule in RULES:
@@ -62,16 +69,36 @@ def skip_small_updates(
                 else:
                     gate = _random_gate(rows, len(limit), share, length, seed)
                     found, unsettled = _read(model, rows, gate, segment_length, stats=False), 0.0
-                loss = np.concatenate([reading.loss for reading in found]).astype(np.float64)
-                skipped = 1 - _kept(gate, rows)
-                sums, counts = cell_sums(loss - base, np.zeros(len(loss), int), 1, blocks)
-                delta = (divide(sums.sum(), counts.sum()), draw.means(sums, counts)[:, 0], blocks.count)
-                row = {"share": share, "rule": rule, "skipped": skipped, "unsettled": unsettled}
-                row |= {"count": int(counts.sum()), "mean_loss": float(np.nanmean(loss))}
-                row |= with_intervals({"delta": delta}, boot)
-                row |= {f"saved_{name}": skipped * value for name, value in cost.items()}
-                table.append(row | provenance(blocks, blocks.count, boot))
-    return pd.DataFrame(table)
+                skipped = np.concatenate([1 - gate[b, :, 0, : len(row)].mean(0).numpy() for b, row in enumerate(rows)])
+                head = {"share": share, "rule": rule, **place, "base": base, "loss": _losses(found)}
+                tables.append(pd.DataFrame({**head, "skipped": skipped, "unsettled": unsettled}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def skipping_table(
+    readings: pd.DataFrame, cost: Mapping[str, float], *, boot: Bootstrap = DEFAULT_BOOTSTRAP
+) -> pd.DataFrame:
+    """Sum up `read_skipping`: what every share of skipped writes costs and saves.
+
+    `cost` is `write_cost` of the model. Columns: share (asked for), rule, skipped (share of writes left out),
+    unsettled, count (tokens), mean_loss, delta (nats per token above skipping nothing) with _low and _high;
+    saved_writes and saved_inner (share of all operations of the model saved by skipping the writes alone, and by
+    skipping their gradients as well, which a gate would have to guess); unit, blocks, documents, confidence.
+    """
+    rows = []
+    for (share, rule), part in readings.groupby(["share", "rule"], sort=False):
+        blocks = make_blocks(part["document"], boot)
+        change = (part["loss"] - part["base"]).to_numpy()
+        sums, counts = cell_sums(change, np.zeros(len(part), int), 1, blocks)
+        used = int((counts > 0).sum())
+        delta = (float(divide(sums.sum(), counts.sum())), Resampler(blocks, boot).means(sums, counts)[:, 0], used)
+        skipped = float(part["skipped"].mean())
+        row = {"share": share, "rule": rule, "skipped": skipped, "unsettled": float(part["unsettled"].mean())}
+        row |= {"count": int(counts.sum()), "mean_loss": float(np.nanmean(part["loss"]))}
+        row |= with_intervals({"delta": delta}, boot)
+        row |= {f"saved_{name}": skipped * value for name, value in cost.items()}
+        rows.append(row | provenance(blocks, used, boot))
+    return pd.DataFrame(rows)
 
 
 def write_cost(model: Any) -> dict[str, float]:
@@ -125,7 +152,5 @@ def _random_gate(rows: Sequence[np.ndarray], layers: int, share: float, length: 
     return torch.from_numpy((rng.random((len(rows), layers, 1, length)) >= share).astype(np.float32))
 
 
-def _kept(gate: torch.Tensor, rows: Sequence[np.ndarray]) -> float:
-    """Share of the writes of real tokens that the gate lets through."""
-    kept = sum(float(gate[b, :, 0, : len(row)].sum()) for b, row in enumerate(rows))
-    return kept / (gate.shape[1] * sum(map(len, rows)))
+def _losses(readings: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([reading.loss for reading in readings]).astype(np.float64)

@@ -9,9 +9,8 @@ BOS = 0
 
 def documents(number=4, length=300):
     rng = np.random.default_rng(0)
-    return [
-        Document(f"d{i}", np.concatenate([[BOS], rng.integers(1, 50, length - 1) + 50 * i])) for i in range(number)
-    ]
+    bodies = [rng.integers(1, 50, length - 1) + 50 * i for i in range(number)]
+    return [Document(f"d{i}", np.concatenate([[BOS], body])) for i, body in enumerate(bodies)]
 
 
 def make(kind, length=200, **options):
@@ -34,9 +33,8 @@ def test_controls_take_away_one_thing_each():
     drawn = np.concatenate([document.input_ids[1:] for document in make("iid")[0]])
     assert set(drawn) <= set(np.concatenate(whole)) and len(set(drawn // 50)) == 4
     repeated = make("repeated")[0][2].input_ids[1:]
-    assert (repeated[PERIOD:] == repeated[: 199 - PERIOD]).all() and (
-        repeated[:PERIOD] == whole[2][1 : PERIOD + 1]
-    ).all()
+    assert (repeated[PERIOD:] == repeated[: 199 - PERIOD]).all()
+    assert (repeated[:PERIOD] == whole[2][1 : PERIOD + 1]).all()
     assert (make("middle")[0][0].input_ids[1:] == whole[0][101:300]).all()
     carried = make("carried")[0][3].input_ids
     assert (carried[200:] == whole[3][:200]).all() and (carried[:200] == whole[0][:200]).all()
