@@ -23,15 +23,20 @@ CANNOT_TELL = "cannot tell (n too small)"
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, REVERSED, CANNOT_TELL)
 
 RULES = {
-    "effect": "Reproduced when the whole interval lies on the claimed side of no effect, reaches half the claimed "
-    "size, and lies wholly beyond the interval of the control where there is one. Reversed when the whole"
-    " interval lies on the other side of no effect. Not reproduced when it stays below half the claimed "
-    "size, or when the control shows as much. Cannot tell in all other cases, and when fewer than ten "
-    "documents were read.",
-    "near zero": "Reproduced when the whole interval lies within the margin around 0, not reproduced when it lies "
-    "wholly outside, cannot tell otherwise.",
-    "range": "Reproduced when the whole interval lies within half to twice the claimed value, not reproduced when "
-    "it lies wholly outside, cannot tell otherwise.",
+    "effect": "The bar is half the claimed size (as a logarithm for ratios), or no effect where only a direction was "
+    "claimed. Reproduced when the whole interval lies above the bar, and wholly above that of the control where there "
+    "is one. Reversed when it lies wholly on the other side of no effect. Not reproduced when it lies wholly below the "
+    "bar, or when the control shows as much. Cannot tell in all other cases, and when fewer than ten documents were "
+    "read.",
+    "near zero": "Reproduced when the whole interval lies within 0.1 of 0, not reproduced when it lies wholly "
+    "outside, cannot tell otherwise.",
+    "range": "Reproduced when the whole interval lies within half to twice the claimed value, not reproduced when it "
+    "lies wholly outside, cannot tell otherwise.",
+    "location": "As for an effect in a direction: the layers named must cost more to freeze than other choices of as "
+    "many layers do on average. Beyond that they must cost more than each of these, else it is not reproduced (where "
+    "another choice costs more) or cannot be told.",
+    "counted": "Reproduced when the number, which is counted and has no interval, reaches half the claimed one, else "
+    "not reproduced.",
 }
 
 
@@ -74,21 +79,23 @@ def judge_effect(
         return -distance if down else distance
 
     near, far = sorted((turn(low), turn(high)))
-    half = 0.0 if claimed is None else turn(claimed) / 2
+    bar = 0.0 if claimed is None else turn(claimed) / 2
     if far < 0:
         return Verdict(REVERSED, "the whole interval lies on the other side of no effect")
-    if claimed is not None and far < half:
+    if claimed is not None and far < bar:
         return Verdict(NOT_REPRODUCED, "the whole interval lies below half the claimed size")
-    if near <= 0:
-        return Verdict(CANNOT_TELL, "the interval holds no effect and one of the claimed kind")
+    if near <= bar:
+        what = "no effect" if claimed is None else "half the claimed size"
+        return Verdict(CANNOT_TELL, f"the interval reaches over {what}")
     if control is not None and math.isfinite(control[0]) and math.isfinite(control[1]):
-        reach = max(turn(bound) for bound in control)
-        if far <= reach or near <= min(turn(bound) for bound in control):
+        least, most = sorted(map(turn, control))
+        if near <= least or far <= most:
             return Verdict(NOT_REPRODUCED, "there is an effect, but the control shows as much")
-        if near <= reach:
+        if near <= most:
             return Verdict(CANNOT_TELL, "there is an effect, but its interval and that of the control overlap")
-    beyond = " and beyond the control" if control is not None else ""
-    return Verdict(REPRODUCED, f"the whole interval lies on the claimed side{beyond}")
+    beyond = "" if control is None else ", and beyond the control"
+    what = "on the claimed side of no effect" if claimed is None else "above half the claimed size"
+    return Verdict(REPRODUCED, f"the whole interval lies {what}{beyond}")
 
 
 def judge_near_zero(low: float, high: float, *, margin: float, enough: bool = True) -> Verdict:

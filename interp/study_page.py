@@ -149,7 +149,8 @@ def _claims(claims: pd.DataFrame) -> str:
 
 
 def _claim_row(row: pd.Series) -> str:
-    here = f'{_number(row["value"])} {_interval(row["low"], row["high"])}<br><span class="soft">{_e(row["quantity"])}</span>'
+    here = f"{_number(row['value'])} {_interval(row['low'], row['high'])}"
+    here += f'<br><span class="soft">{_e(row["quantity"])}</span>'
     control = "none"
     if row["control_name"]:
         control = f"{_number(row['control'])} {_interval(row['control_low'], row['control_high'])}"
