@@ -25,9 +25,9 @@ VERDICTS = (REPRODUCED, NOT_REPRODUCED, REVERSED, CANNOT_TELL)
 RULES = {
     "effect": "The bar is half the claimed size (as a logarithm for ratios), or no effect where only a direction was "
     "claimed. Reproduced when the whole interval lies above the bar, and wholly above that of the control where there "
-    "is one. Reversed when it lies wholly on the other side of no effect. Not reproduced when it lies wholly below the "
-    "bar, or when the control shows as much. Cannot tell in all other cases, and when fewer than ten documents were "
-    "read.",
+    "is one. Reversed when it lies wholly on the other side of no effect. Not reproduced when it lies wholly below "
+    "the bar, or when the control shows as much. Cannot tell in all other cases, and when fewer than ten documents "
+    "were read.",
     "near zero": "Reproduced when the whole interval lies within 0.1 of 0, not reproduced when it lies wholly "
     "outside, cannot tell otherwise.",
     "range": "Reproduced when the whole interval lies within half to twice the claimed value, not reproduced when it "

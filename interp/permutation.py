@@ -63,11 +63,14 @@ def permutation_test(
     for place, (layer, values) in enumerate(columns):
         for index, (a, b) in enumerate(chosen):
             ratio, exchanged = observed[place, index], null[:, place, index]
-            beyond = (np.abs(exchanged - np.nanmedian(exchanged)) >= abs(ratio - np.nanmedian(exchanged))).sum()
-            low, high = np.exp(np.nanquantile(exchanged, [0.025, 0.975]))
+            low = high = p = np.nan
+            if np.isfinite(ratio) and np.isfinite(exchanged).any():
+                centre = np.nanmedian(exchanged)
+                beyond = int((np.abs(exchanged - centre) >= abs(ratio - centre)).sum())
+                low, high = np.exp(np.nanquantile(exchanged, [0.025, 0.975]))
+                p = (beyond + 1) / (permutations + 1)
             row = {"layer": layer, "bucket_a": BUCKET_NAMES[a], "bucket_b": BUCKET_NAMES[b]}
-            row |= {"ratio": float(np.exp(ratio)), "null_low": float(low), "null_high": float(high)}
-            row["p"] = float((beyond + 1) / (permutations + 1)) if np.isfinite(ratio) else np.nan
+            row |= {"ratio": float(np.exp(ratio)), "null_low": float(low), "null_high": float(high), "p": float(p)}
             rows.append(row | {"count": int((np.isfinite(values) & np.isin(buckets, (a, b))).sum())})
     table = pd.DataFrame(rows)
     table["p_adjusted"] = adjust_p_values(table["p"])

@@ -84,9 +84,11 @@ def freezing_caption(table: pd.DataFrame) -> Caption:
 
 def traces_caption(table: pd.DataFrame) -> Caption:
     """Say which bucket writes most in how many stretches of the document."""
-    wide = table.pivot(index="start", columns="bucket", values="plasticity").dropna()
-    most = wide.idxmax(axis=1).value_counts()
-    title = f"{most.index[0]} writes most in {int(most.iloc[0])} of {len(wide)} stretches of the document"
+    known = table[table["count"] > 0]
+    most = known.loc[known.groupby("start")["plasticity"].idxmax(), "bucket"].value_counts()
+    title = "No bucket holds a token"
+    if len(most):
+        title = f"{most.index[0]} writes most in {int(most.iloc[0])} of {int(most.sum())} stretches of the document"
     width = int((table["stop"] - table["start"]).iloc[0])
     return Caption(
         title,

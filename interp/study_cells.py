@@ -69,13 +69,13 @@ def read_cells(
     done = sum(cell.cost for cell in cells) - sum(cell.cost for cell in open_cells)
     held: tuple[StudyModel, Any, Any] | None = None
     bar_options = {"unit": "tok", "unit_scale": True, "disable": not progress}
-    with tqdm(total=sum(cell.cost for cell in cells), initial=done, **bar_options) as bar:
+    with tqdm(total=round(sum(cell.cost for cell in cells)), initial=round(done), **bar_options) as bar:
         for cell in sorted(open_cells, key=lambda cell: (cell.model.name, -cell.cost)):
             if held is None or held[0] != cell.model:
                 held = (cell.model, *_load(cell.model))
             bar.set_postfix_str(cell.folder)
             read_cell(cell, held[1], held[2], folder, setting, texts=texts)
-            bar.update(cell.cost)
+            bar.update(round(cell.cost))
 
 
 def read_cell(

@@ -53,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     state = PartialState(cpu=True, timeout=timedelta(days=7))
     prepare(arguments.seed, state.is_main_process)
     if arguments.processes is not None and arguments.processes != state.num_processes:
-        raise ValueError(
-            f"processes must be {arguments.processes} as asked for, the launch made {state.num_processes}"
-        )
+        raise ValueError(f"processes must be {arguments.processes} as asked, the launch made {state.num_processes}")
     folder = run_folder(arguments.exp_dir, arguments.exp_name)
     setting = SETTINGS[arguments.setting]
     if arguments.samples is not None:
@@ -116,9 +114,7 @@ def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
         shutil.rmtree(folder)
     wanted = to_json(plan)
     if file.exists() and to_json(read_json(file)) != wanted:
-        raise ValueError(
-            f"{str(folder)!r} holds a study of other models, texts or size: overwrite it or rename this one"
-        )
+        raise ValueError(f"{str(folder)!r} holds another study: overwrite it, or choose another exp_name")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(file, wanted)
 

@@ -30,7 +30,7 @@ def test_intervals_of_a_null_cover_95_percent():
         row = bucket_contrast(plasticity, buckets, documents, pairs=PAIR, boot=FAST).iloc[0]
         return row["ratio_low"] <= 1 <= row["ratio_high"]
 
-    assert 0.92 <= coverage(500, ratio_covers) <= 0.98
+    assert 0.92 <= coverage(400, ratio_covers) <= 0.98
 
 
 @pytest.mark.slow
@@ -92,11 +92,11 @@ def test_a_position_only_confound_is_null_after_adjustment_and_not_before():
 def test_permutations_of_a_null_seldom_call():
     generator = np.random.default_rng(2)
     called = []
-    for seed in range(60):
+    for seed in range(40):
         plasticity, buckets, documents, positions = null_sample(generator, documents=8)
         options = {"mini_batch_size": 16, "pairs": PAIR, "permutations": 39, "seed": seed}
         called.append(permutation_test(plasticity, buckets, documents, positions, **options)["p"].iloc[0] <= 0.05)
-    assert np.mean(called) <= 0.13  # 5% of 60, and three standard errors
+    assert np.mean(called) <= 0.15  # 5% of 40, and three standard errors
 
 
 def test_an_effect_that_is_the_learning_rates_is_null_once_the_rate_is_held_fixed():
