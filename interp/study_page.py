@@ -18,7 +18,7 @@ from interp.collect import DEFINITIONS as TOKEN_DEFINITIONS
 from interp.controls import CONTROLS
 from interp.study_data import StudyData
 from interp.study_tables import DEFINITIONS
-from interp.wording import count_of, format_number
+from interp.wording import count_of
 
 __all__ = ["render_study"]
 
@@ -150,6 +150,8 @@ def _claims(claims: pd.DataFrame) -> str:
 
 def _claim_row(row: pd.Series) -> str:
     here = f"{_number(row['value'])} {_interval(row['low'], row['high'])}"
+    if row["rule"] == "counted":
+        here = f"{row['value']:.1%}, counted"
     here += f'<br><span class="soft">{_e(row["quantity"])}</span>'
     control = "none"
     if row["control_name"]:
@@ -217,10 +219,15 @@ def _definitions() -> str:
 
 
 def _number(value: float) -> str:
-    return "not given" if not math.isfinite(value) else format_number(value)
+    """Three significant digits, zeros at the end included, so that 1.00 does not look exact."""
+    if not math.isfinite(value):
+        return "not given"
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
 
 
 def _interval(low: float, high: float) -> str:
     if not (math.isfinite(low) and math.isfinite(high)):
         return "[no interval]"
-    return f"[{format_number(low)}, {format_number(high)}]"
+    return f"[{_number(low)}, {_number(high)}]"
