@@ -151,7 +151,7 @@ def _claims(claims: pd.DataFrame) -> str:
 def _claim_row(row: pd.Series) -> str:
     here = f"{_number(row['value'])} {_interval(row['low'], row['high'])}"
     if row["rule"] == "counted":
-        here = f"{row['value']:.1%}, counted"
+        here = f"{row['value']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
     here += f'<br><span class="soft">{_e(row["quantity"])}</span>'
     control = "none"
     if row["control_name"]:
