@@ -35,9 +35,9 @@ RULES = {
     "location": "As for an effect in a direction: the layers named must cost more to freeze than other choices of as "
     "many layers do on average. Beyond that they must cost more than each of these, else it is not reproduced (where "
     "another choice costs more) or cannot be told.",
-    "counted": "Operations are counted. The interval goes from what is saved at shares whose cost lies below 0.01 nats "
-    "per token for certain to what is saved at shares whose cost may. Reproduced when all of it lies above half the "
-    "claimed saving, not reproduced when all of it lies below.",
+    "counted": "Operations are counted. The interval goes from what is saved at shares whose cost lies below 0.01 "
+    "nats per token for certain to what is saved at shares whose cost may. Reproduced when all of it lies above half "
+    "the claimed saving, not reproduced when all of it lies below.",
 }
 
 

@@ -20,7 +20,7 @@ from interp.study_data import StudyData
 from interp.study_tables import DEFINITIONS
 from interp.wording import count_of
 
-__all__ = ["render_study"]
+__all__ = ["claims_markdown", "render_study"]
 
 MAX_ROWS = 80
 _TEMPLATE = Path(__file__).with_name("study_report.html")
@@ -75,6 +75,19 @@ def render_study(
         "footer": "Made by scripts/study.py. Everything on this page is in this file; the tables lie beside it.",
     }
     return _FIELD.sub(lambda match: fields[match[1]], template)
+
+
+def claims_markdown(claims: pd.DataFrame) -> str:
+    """Give the claims as Markdown tables, one per model: claim, earlier figure, ours, control, verdict."""
+    parts = []
+    for model, own in claims.groupby("model", sort=False):
+        lines = [f"### {model}", "", "| claim | earlier | here | control | verdict |", "|---|---|---|---|---|"]
+        for _, row in own.iterrows():
+            here, control = _measured(row)
+            told = f"{here}: {row['quantity']}"
+            lines.append(f"| {row['claim']} | {row['earlier']} | {told} | {control} | **{row['verdict']}** |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def _e(text: Any) -> str:
@@ -148,15 +161,20 @@ def _claims(claims: pd.DataFrame) -> str:
     return "".join(pages)
 
 
-def _claim_row(row: pd.Series) -> str:
+def _measured(row: pd.Series) -> tuple[str, str]:
+    """Our figure and that of the control, with their intervals."""
     here = f"{_number(row['value'])} {_interval(row['low'], row['high'])}"
     if row["rule"] == "counted":
         here = f"{row['value']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
+    if not row["control_name"]:
+        return here, "none"
+    control = f"{_number(row['control'])} {_interval(row['control_low'], row['control_high'])}"
+    return here, f"{control} ({row['control_name']})"
+
+
+def _claim_row(row: pd.Series) -> str:
+    here, control = map(_e, _measured(row))
     here += f'<br><span class="soft">{_e(row["quantity"])}</span>'
-    control = "none"
-    if row["control_name"]:
-        control = f"{_number(row['control'])} {_interval(row['control_low'], row['control_high'])}"
-        control += f'<br><span class="soft">{_e(row["control_name"])}</span>'
     verdict = row["verdict"]
     sign = f'<span aria-hidden="true">{_SIGNS[verdict]}</span>'
     scope = count_of(row["documents"], "document")

@@ -18,7 +18,7 @@ from interp.files import to_json, write_parquet, write_text
 from interp.resampling import DEFAULT_BOOTSTRAP, Bootstrap
 from interp.study_claims import claim_table
 from interp.study_data import StudyData
-from interp.study_page import render_study
+from interp.study_page import claims_markdown, render_study
 from interp.study_tables import study_tables
 from interp.tables import (
     bucket_tables,
@@ -32,7 +32,7 @@ __all__ = ["study_figures", "write_study"]
 
 SHARED = "all models"
 _DOTS = 100
-_MAX_WIDTH = 12.0
+_COLOURS = 256
 
 
 def write_study(
@@ -43,7 +43,7 @@ def write_study(
     boot: Bootstrap = DEFAULT_BOOTSTRAP,
     progress: bool = False,
 ) -> str:
-    """Write `tables/` (csv and parquet), `figures/` (png, captions.json) and report.html; give a summary for people.
+    """Write `tables/` (csv and parquet), `figures/` (png, captions.json), claims.md and report.html; give a summary.
 
     tokenizers: of every model, by its name. Files of these names are replaced, others stay.
     """
@@ -64,7 +64,9 @@ def write_study(
         bar.set_postfix_str("figures")
         shown: dict[str, dict[str, Caption]] = {}
         for owner, name, figure, caption in study_figures(data, tables, boot=boot):
-            plots.save_figure(figure, folder / "figures" / f"{file_name(owner, name)}.png", dpi=_DOTS)
+            plots.save_figure(
+                figure, folder / "figures" / f"{file_name(owner, name)}.png", dpi=_DOTS, colours=_COLOURS
+            )
             shown.setdefault(owner, {})[name] = caption
         bar.update()
     told = {
@@ -75,6 +77,7 @@ def write_study(
     write_text(folder / "figures" / "captions.json", to_json(told))
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8")) if (folder / "plan.json").exists() else {}
     write_text(folder / "report.html", render_study(data, tables, shown, folder / "figures", plan))
+    write_text(folder / "claims.md", claims_markdown(tables["claims"]))
     return _summary(tables["claims"])
 
 
