@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 from interp import captions, plots, study_captions, study_plots
 from interp.captions import Caption
 from interp.claims import VERDICTS
+from interp.collect import DEFINITIONS as TOKENS
 from interp.files import to_json, write_parquet, write_text
 from interp.resampling import DEFAULT_BOOTSTRAP, Bootstrap
 from interp.study_claims import claim_table
 from interp.study_data import StudyData
 from interp.study_page import claims_markdown, render_study
-from interp.study_tables import study_tables
+from interp.study_tables import DEFINITIONS, study_tables
 from interp.tables import (
     bucket_tables,
     perplexity_tables,
@@ -59,6 +60,7 @@ def write_study(
         tables = study_tables(data, tokenizers, boot=boot, progress=begin)
         tables = {"claims": claim_table(data, tables), **tables}
         save_tables(tables, folder / "tables")
+        write_text(folder / "tables" / "definitions.json", to_json({"tables": DEFINITIONS, "tokens": TOKENS}))
         for name, table in tables.items():
             write_parquet(folder / "tables" / f"{name}.parquet", [pa.Table.from_pandas(table, preserve_index=False)])
         bar.set_postfix_str("figures")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp._columns import POOLED, pooled_plasticity, provenance, with_intervals
+from interp._columns import pooled_plasticity, provenance, with_intervals
 from interp.adjustment import covariate_contrast
 from interp.bucketing import BUCKET_NAMES, Bucket, single_token_buckets
 from interp.burn_in import burn_in_table
@@ -287,8 +287,3 @@ def _plain_answers(table: pd.DataFrame, boot: Bootstrap) -> pd.DataFrame:
     row |= {"count": int(by_document["count"].sum()), "mean_loss": float(by_document["loss"].mean())}
     row |= {"answers": len(by_document), **with_intervals(columns, boot)}
     return pd.DataFrame([row | provenance(blocks, blocks.count, boot)])
-
-
-def pooled(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of all layers pooled."""
-    return table[table["layer"] == POOLED]

@@ -5,8 +5,9 @@
         --families single heads --seq_length 512 --max_steps 12
     python scripts/run_freezing.py --model MODEL --preset drift_retina --dataset_type repeated --config ttt_base_lr=0.5
 
-Leaves a run folder whose tokens hold the loss under every freezing (`loss_frozen`), and beside it `freezing.csv`,
-for needles also `answers.csv` and `answers_by_depth.csv`, with --skip_shares `skipping.csv`, and a figure of each.
+Leaves a run folder whose tokens hold the loss under every freezing (`loss_frozen`), and beside it
+`loss_change.parquet` (the same less the loss with nothing frozen, token by token, a column each), `freezing.csv`, for
+needles also `answers.csv` and `answers_by_depth.csv`, with --skip_shares `skipping.csv`, and a figure of each.
 All options of run_inference.py apply; `--freeze`, `--preset` and `--families` add up. Values of --config are read as
 JSON or else as strings; nothing is evaluated.
 """
@@ -17,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 from _shared import option, parse, run
 from run_inference import InferenceArguments, check_arguments, open_run
 
 from interp import plots, study_captions, study_plots
 from interp.collect import collect
 from interp.corpora import load_corpus
+from interp.files import write_parquet
 from interp.freezing import Freezing, parse_freezing, ttt_layers
-from interp.freezing_sweep import answer_table, depth_table, sweep_table
+from interp.freezing_sweep import answer_table, depth_table, loss_change, sweep_table
 from interp.presets import FAMILIES, ON_REPETITIVE_TEXT, PRESETS, freeze_preset, sweep_freezings
 from interp.resampling import Bootstrap
 from interp.run_folder import read_run
@@ -126,6 +129,8 @@ def report(
     if skipping is not None:
         tables["skipping"] = skipping
     save_tables(tables, folder)
+    changes = pa.Table.from_pandas(loss_change(found), preserve_index=False)
+    write_parquet(folder / "loss_change.parquet", [changes])
     for name, plot, caption in (
         ("freezing", study_plots.plot_freezing, study_captions.freezing_caption),
         ("answers", study_plots.plot_freezing, study_captions.freezing_caption),

@@ -61,6 +61,8 @@ def test_needles_are_swept_and_scored_and_every_token_keeps_its_loss(freezing):
         320,
         1 + len(run.freezing),
     )
+    change = pd.read_parquet(folder / "loss_change.parquet")
+    assert len(change) == 320 and change["all"].mean() == pytest.approx(table.iloc[1]["delta"], abs=1e-6)
     assert {file.name for file in folder.glob("*.png")} == {"freezing.png", "answers.png", "skipping.png"}
 
 
