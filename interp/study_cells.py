@@ -62,6 +62,7 @@ def read_cells(
     setting: Setting,
     *,
     texts: Sequence[str] = (),
+    device: Any = "cpu",
     progress: bool = False,
 ) -> None:
     """Read the cells that are not done, keeping one model at a time; an interrupted cell is taken up where it was."""
@@ -72,7 +73,7 @@ def read_cells(
     with tqdm(total=round(sum(cell.cost for cell in cells)), initial=round(done), **bar_options) as bar:
         for cell in sorted(open_cells, key=lambda cell: (cell.model.name, -cell.cost)):
             if held is None or held[0] != cell.model:
-                held = (cell.model, *_load(cell.model))
+                held = (cell.model, *_load(cell.model, device))
             bar.set_postfix_str(cell.folder)
             read_cell(cell, held[1], held[2], folder, setting, texts=texts)
             bar.update(round(cell.cost))
@@ -174,14 +175,14 @@ class _Encoded:
         return self._kept[key]
 
 
-def _load(model: StudyModel) -> tuple[Any, Any]:
+def _load(model: StudyModel, device: Any) -> tuple[Any, Any]:
     tokenizer = _Encoded(load_tokenizer(model.path))
     if model.untrained is None:
-        return load_model(model.path, ttt_only=False), tokenizer
+        return load_model(model.path, ttt_only=False, device=device), tokenizer
     config = AutoConfig.from_pretrained(model.path)
     with torch.random.fork_rng():
         torch.manual_seed(model.untrained)
-        return AutoModelForCausalLM.from_config(config).float().eval(), tokenizer
+        return AutoModelForCausalLM.from_config(config).float().to(device).eval(), tokenizer
 
 
 def _depends(cell: Cell, setting: Setting, texts: Sequence[str]) -> dict[str, Any]:

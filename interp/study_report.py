@@ -89,6 +89,9 @@ def study_figures(
     """Draw every figure that the study has data for: owner (a model, or `SHARED`), name, figure and caption."""
     if "context" in tables:
         table = tables["context"]
+        # Random weights predict so badly that everything else would be squeezed together.
+        trained = [name for name in data.models if next(iter(data.of_model(name).values())).model.untrained is None]
+        table = table[table["model"].isin(trained)]
         yield SHARED, "context", study_plots.plot_context(table)[0], study_captions.context_caption(table)
     for model in data.models:
         parts = data.of_model(model)

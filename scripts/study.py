@@ -40,6 +40,7 @@ class StudyArguments:
     samples: int | None = option(None, "samples of documents per part (default: that of the setting)")
     text: list[str] = repeated("text files to read instead of the language reference of Python")
     untrained: bool = option(True, "whether the first TTT model is also read with random weights, as a control")
+    device: Literal["cpu", "auto"] = option("cpu", "auto: an accelerator for every process, if there is one")
     processes: int | None = option(None, "how many processes must take part; the study ends when there are others")
     n_boot: int = option(1000, "resamples behind every interval")
     exp_dir: str = option("results", "folder of all results")
@@ -50,7 +51,7 @@ class StudyArguments:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(StudyArguments, argv)
-    state = PartialState(cpu=True, timeout=timedelta(days=7))
+    state = PartialState(cpu=arguments.device == "cpu", timeout=timedelta(days=7))
     prepare(arguments.seed, state.is_main_process)
     if arguments.processes is not None and arguments.processes != state.num_processes:
         raise ValueError(f"processes must be {arguments.processes} as asked, the launch made {state.num_processes}")
@@ -64,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         begin(folder, describe(models, setting, arguments.text), arguments.overwrite)
     state.wait_for_everyone()
     own = share_out(cells, state.num_processes)[state.process_index]
-    read_cells(own, folder / "cells", setting, texts=arguments.text, progress=state.is_main_process)
+    options = {"texts": arguments.text, "device": state.device, "progress": state.is_main_process}
+    read_cells(own, folder / "cells", setting, **options)
     state.wait_for_everyone()
     if state.is_main_process:
         finish(folder, cells, models, arguments)

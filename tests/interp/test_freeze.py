@@ -1,5 +1,9 @@
 """`freeze`: nothing is written within the block, and the model is as it was afterwards, whatever happened."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -168,3 +172,29 @@ def test_random_subsets_are_distinct_and_of_the_sizes_that_occur():
     freezings, named = sweep_freezings(range(24), 4, ("presets", "thirds", "random"), random_subsets=5, seed=3)
     sizes = [len(next(f for f in freezings if f.name == name).layers) for name in named["random"].values()]
     assert sorted(set(sizes)) == [4, 5, 8] and len(sizes) == len(set(named["random"].values())) == 15
+
+
+@pytest.mark.slow
+def test_classes_that_came_with_a_checkpoint_are_frozen_as_well(tiny_model, tmp_path):
+    # In a copy of the class, so that no other test sees it registered.
+    kind = type("TTTForCausalLM", (TTTForCausalLM,), {"__module__": TTTForCausalLM.__module__})
+    kind.register_for_auto_class("AutoModelForCausalLM")
+    pushed = kind(tiny_model.config)
+    pushed.load_state_dict(tiny_model.state_dict())
+    pushed.save_pretrained(tmp_path / "hub")
+    code = f"""
+import torch
+from transformers import AutoModelForCausalLM
+from interp.freezing import freeze
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "hub")!r}, trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+ids = torch.arange(3, 16)[None]
+with torch.no_grad(), freeze(model, layers=[0]):
+    plasticity = model(ids).plasticity
+    text = model.generate(ids, max_new_tokens=3, do_sample=False)
+assert float(plasticity[0].max()) == 0 and float(plasticity[1].min()) > 0 and model.config.frozen_layers is None
+"""
+    where = {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {**os.environ, **where}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
