@@ -26,8 +26,8 @@ def coverage(simulations: int, one) -> float:
 
 def test_intervals_of_a_null_cover_95_percent():
     def ratio_covers(generator):
-        plasticity, buckets, documents, _ = null_sample(generator)
-        row = bucket_contrast(plasticity, buckets, documents, pairs=PAIR, boot=FAST).iloc[0]
+        plasticity, buckets, documents, _ = null_sample(generator, tokens=64)
+        row = bucket_contrast(plasticity, buckets, documents, pairs=PAIR, boot=Bootstrap(n_boot=200)).iloc[0]
         return row["ratio_low"] <= 1 <= row["ratio_high"]
 
     assert 0.92 <= coverage(400, ratio_covers) <= 0.98
