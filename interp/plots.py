@@ -63,7 +63,7 @@ def plot_plasticity_heatmap(data: TimeTables, *, ax: Axes | None = None) -> Figu
     colours = colormaps["viridis"].with_extremes(bad=BAD_COLOUR)
     norm = _log_norm(values, share=0.98)
     mesh = ax.pcolormesh(edges, rows, values, norm=norm, cmap=colours, rasterized=True)
-    _label_some(ax, [str(layer) for layer in matrix.index], axis="y")
+    label_some(ax, [str(layer) for layer in matrix.index], axis="y")
     ax.set(xlabel="token index in the document", ylabel="layer")
     width = int((table["stop"] - table["start"]).max())
     outside = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
@@ -148,7 +148,7 @@ def plot_buckets(data: BucketTables, *, ax: Axes | None = None, value: str = "ra
         ]
     ax.set_yscale("log")
     plain_log_labels(ax.yaxis)
-    _label_some(ax, ["all layers" if layer == POOLED else f"layer {layer}" for layer in layers], axis="x")
+    label_some(ax, ["all layers" if layer == POOLED else f"layer {layer}" for layer in layers], axis="x")
     if POOLED in layers and len(layers) > 1:
         ax.axvline(0.5, color="#c9c9d2", linewidth=0.8)
     ax.set_ylabel(labels[value])
@@ -262,7 +262,7 @@ def _error_bars(table: pd.DataFrame, name: str) -> np.ndarray:
     return np.stack([table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]]).clip(min=0)
 
 
-def _label_some(ax: Axes, labels: Sequence[str], *, axis: str) -> None:
+def label_some(ax: Axes, labels: Sequence[str], *, axis: str) -> None:
     """At most `MAX_LABELS` evenly spaced tick labels, as plain text."""
     step = -(-len(labels) // MAX_LABELS)
     shown = labels[::step]
