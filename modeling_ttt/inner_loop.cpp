@@ -427,7 +427,7 @@ struct Task {
     product<T>(s.K, s.ld[i + 1], s.K, scores, s.ldk, 1, g, s.ld[i + 1], w, s.ld[i + 1], true, T(-1));
   }
 
-  // [W; b] += sum over tokens of factor_s [x_s, 1] (x) g_s; `scaled` has room for [K, out].
+  // [W; b] += sum over tokens of [x_s, 1] (x) g_s, the bias where wanted.
   void add_outer(int i, T* weights, const T* x, const T* g, bool bias) const {
     const int ld = s.ld[i + 1];
     product<T>(s.width[i], ld, s.K, x, 1, s.ld[i], g, ld, weights, ld, true);
@@ -562,12 +562,12 @@ struct Backward : Task<T> {
   T *dx[MAX_DEPTH], *dg[MAX_DEPTH], *dz[MAX_DEPTH];     // [K, in], [K, out], [K, out]
   T *y[MAX_DEPTH], *w[MAX_DEPTH], *slope_w[MAX_DEPTH], *dw[MAX_DEPTH];
   T *products[MAX_DEPTH], *scores[MAX_DEPTH];
-  T *rate, *dproduct, *dy, *commit_adjoint, *scaled, *bend, *room, *turned, *dlr, *dtau, *row;
+  T *rate, *dproduct, *dy, *commit_adjoint, *scaled, *bend, *room, *dlr, *dtau, *row;
 
   static int64_t numbers(const Sizes<T>& s, int64_t stride) {
     return stride * (s.all_weights + Writes<T>::numbers(s)) + 2 * s.all_weights +
            int64_t(s.K) * s.widest * (7 * s.depth + 8) + int64_t(s.K) * s.ldk * (2 * s.depth + 4) +
-           Task<T>::room_numbers(s) + int64_t(s.widest + 1) * s.widest + 16384;
+           Task<T>::room_numbers(s) + 16384;
   }
 
   void run(Arena<T>& arena) {
@@ -602,7 +602,6 @@ struct Backward : Task<T> {
     for (T** p : {&rate, &dproduct}) *p = arena.take(K * s.ldk);
     for (T** p : {&dy, &commit_adjoint, &scaled, &bend, &row}) *p = arena.take(K * s.widest);
     room = arena.take(Task<T>::room_numbers(s));
-    turned = arena.take(int64_t(s.widest + 1) * s.widest);
     dlr = arena.take(s.ldk), dtau = arena.take(s.ldk);
   }
 

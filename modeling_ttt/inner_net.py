@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["INNER_NETS", "InnerNet", "Weights", "forward_chain", "multiply", "output_gradients"]
+__all__ = ["INNER_NETS", "InnerNet", "Weights", "forward_chain", "generates_code", "multiply", "output_gradients"]
 
 Weights = list[tuple[Tensor, Tensor]]
 """One (W [N, in, out], b [N, 1, out]) per linear map."""
@@ -48,9 +48,14 @@ def multiply(x: Tensor, matrix: Tensor) -> Tensor:
     For one token, compiled code on a CPU makes a single loop of the sum and what is around it; a batched product would
     be a call of its own for a handful of numbers.
     """
-    if torch.compiler.is_compiling() and x.dim() == 3 and x.shape[1] == 1 and x.device.type == "cpu":
+    if generates_code() and x.dim() == 3 and x.shape[1] == 1 and x.device.type == "cpu":
         return (x.mT * matrix).sum(1, keepdim=True)
     return x @ matrix
+
+
+def generates_code() -> bool:
+    """What runs is compiled here. An exported program is for other tools, which know products by their names."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def forward_chain(weights: Weights, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -102,7 +102,7 @@ def _outputs(q, lr, start, flags, stride, want_norm, want_gradients, size):
     z = _token_major(q, widths[-1][1])
     norm = lr.new_empty(lr.shape if want_norm else 0)
     gradients = q.new_empty((batch, heads, columns, sum(b for _, b in widths)) if want_gradients else 0)
-    weights = [torch.empty_like(w) for w in start]
+    weights = [_like(w) for w in start]
     rows = []
     if flags[3] is not None:
         rows = [q.new_empty(batch * heads, size, n) for pair in widths for n in pair]
@@ -135,6 +135,10 @@ def backward_pass(
     adjoints = _adjoints(q, lr, tau, ln_weight, start, initial, carried)
     dq, dk, dv, dlr, dtau, dln_weight, dln_bias, dstart, dinitial, dcarried = adjoints
     call, alive = _call(q, k, v, lr, tau, ln_weight, ln_bias, start, initial, carried, flags, stride)
+    _check_like("dz", [dz], [q])
+    _check_like("dnorm", [dnorm], [lr])
+    _check_like("dweights", dweights, start if dweights else [])
+    states = [t.contiguous() for t in states]  # hooks on saved tensors may store them in another order
     given = [t if t is None else t.contiguous() for t in (dnorm, *dweights, *drows)]
     dnorm, dweights, drows = given[0], given[1 : 1 + len(dweights)], given[1 + len(dweights) :]
     dz = dz if dz is None or dz.stride(-1) == 1 else dz.contiguous()
@@ -167,8 +171,13 @@ def _adjoints(q, lr, tau, ln_weight, start, initial, carried):
     tokens = [_token_major(q, q.shape[-1]) for _ in range(3)]
     shared = [lr.new_zeros(count, *t.shape[-1:]) for t in (tau, ln_weight, ln_weight)]
     dlr = lr.new_empty(lr.shape)
-    zeros = [[torch.zeros_like(t) for t in several] for several in (initial, carried)]
-    return *tokens, dlr, *shared, [torch.empty_like(t) for t in start], *zeros
+    zeros = [[_like(t).zero_() for t in several] for several in (initial, carried)]
+    return *tokens, dlr, *shared, [_like(t) for t in start], *zeros
+
+
+def _like(x: Tensor) -> Tensor:
+    """Room for a result of the shape of x, which may itself be stored in any order."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _token_major(q: Tensor, width: int) -> Tensor:
@@ -179,6 +188,7 @@ def _token_major(q: Tensor, width: int) -> Tensor:
 
 def _call(q, k, v, lr, tau, ln_weight, ln_bias, start, initial, carried, flags, stride):
     """A `Call` with its inputs, and the tensors it points to."""
+    _check(q, k, v, lr, tau, ln_weight, ln_bias, start, initial, carried)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     lr, tau, ln_weight, ln_bias = (t.contiguous() for t in (lr, tau, ln_weight, ln_bias))
     start, initial, carried = ([t.contiguous() for t in several] for several in (start, initial, carried))
@@ -197,6 +207,34 @@ def _call(q, k, v, lr, tau, ln_weight, ln_bias, start, initial, carried, flags, 
     for name, flag in zip(names, flags, strict=True):
         setattr(call, name, None if flag is None else flag.data_ptr())
     return call, (q, k, v, lr, tau, ln_weight, ln_bias, start, initial, carried, flags)
+
+
+def _check(q, k, v, lr, tau, ln_weight, ln_bias, start, initial, carried) -> None:
+    """Refuse what the other side, which has nothing but addresses, would read or write beyond its end."""
+    batch, heads, columns, f = q.shape
+    size, widths = tau.shape[0], [f, *(w.shape[2] for w in start)]
+    if columns == 0 or columns % size or widths[-1] != f:
+        raise ValueError(f"q must hold whole mini-batches of {size} and the width {widths[-1]}, got {tuple(q.shape)}")
+    _check_tensors("k, v", q, [k, v], [q.shape] * 2)
+    _check_tensors("lr", q, [lr], [q.shape[:3]])
+    _check_tensors("tau, ln_weight, ln_bias", q, [tau, ln_weight, ln_bias], [(size,), (heads, f), (heads, f)])
+    maps = [(batch * heads, a + 1, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    rows = [(batch * heads, size, n) for pair in zip(widths[:-1], widths[1:], strict=True) for n in pair]
+    _check_tensors("start", q, start, maps)
+    _check_tensors("initial", q, initial, maps if initial else [])
+    _check_tensors("carried", q, carried, rows if carried else [])
+
+
+def _check_like(names: str, tensors: list[Tensor | None], wanted: list[Tensor]) -> None:
+    _check_tensors(names, wanted[0] if wanted else None, tensors, [t.shape for t in wanted])
+
+
+def _check_tensors(names: str, like: Tensor | None, tensors: list[Tensor | None], shapes: list) -> None:
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        if tensor is None or (tensor.shape == tuple(shape) and tensor.dtype == like.dtype and tensor.is_cpu):
+            continue
+        wanted, got = f"{like.dtype} {tuple(shape)}", f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{names} must be {wanted} on the CPU, got {got} on {tensor.device}")
 
 
 def _tokens(x: Tensor) -> _Tokens:

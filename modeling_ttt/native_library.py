@@ -102,7 +102,7 @@ def _compile(compiler: str, path: Path) -> None:
         failures = []
         for flags in VARIANTS:
             command = [compiler, *COMMON_FLAGS, *flags, str(SOURCE), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if done.returncode == 0:
                 os.replace(made, path)
                 return

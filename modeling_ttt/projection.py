@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .inner_net import generates_code
+
 __all__ = ["Projection"]
 
 
@@ -18,11 +20,12 @@ class Projection(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and self._is_one_row(input):
+        if generates_code() and self._is_one_row(input):
             return (self.weight * input.reshape(-1)).sum(-1).view(*input.shape[:-1], -1)
         return F.linear(input, self.weight, self.bias)
 
     def _is_one_row(self, input: Tensor) -> bool:
         """One token, and weights as they are: quantised and distributed ones know their own product."""
         plain = type(self.weight) is nn.Parameter and self.bias is None and input.dtype == self.weight.dtype
-        return plain and input.device.type == "cpu" and input.dtype.is_floating_point and input[..., 0].numel() == 1
+        plain = plain and input.device.type == "cpu" and not torch.is_autocast_enabled("cpu")  # which rounds products
+        return plain and input.dtype.is_floating_point and input[..., 0].numel() == 1

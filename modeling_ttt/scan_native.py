@@ -1,5 +1,6 @@
 """The inner loop in C++ on a CPU: the passes of `inner_loop.cpp`, compiled on first use, behind the shared seam."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -48,6 +49,12 @@ def _checked() -> str | None:
         return reason
     if not call_layout_fits():
         return f"{library.path.name} was compiled with another layout of its argument"
+    # In a thread of its own, which has none of the modes of the caller: torch.export, say, would trace the trial.
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(_tried).result()
+
+
+def _tried() -> str | None:
     trials = (trial(scan_native, torch.device("cpu"), net, 8, 16, "ieee", True) for net in INNER_NETS)
     return next((reason for reason in trials if reason is not None), None)
 

@@ -31,6 +31,28 @@ def test_compiled_code_multiplies_one_token_by_a_sum_and_no_other():
     assert one_row_products(layer, torch.randn(1, 2, 8), torch.randn(2, 1, 8)) == 0
 
 
+def test_compiled_code_rounds_as_autocast_does():
+    """Or a decoding step would go on in another dtype than the prompt."""
+    layer, x = Projection(8, 5), torch.randn(1, 1, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert compiled(x).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert compiled(x).dtype == layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_keeps_its_products(strict):
+    torch._dynamo.reset()
+    model = tiny(num_hidden_layers=1, use_cache=False)
+    with torch.no_grad():
+        program = torch.export.export(model, (tokens(1, 1),), strict=strict)
+    names = [str(node.target) for node in program.graph.nodes]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert sum("aten.linear" in name for name in names) == len(layers) + 1  # and that of the learning rate
+
+
 class Packed(torch.Tensor):
     """Stands for weights with a product of their own, as those of quantised models."""
 

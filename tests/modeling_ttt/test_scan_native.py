@@ -13,7 +13,7 @@ from modeling_ttt.native_library import load_library
 from modeling_ttt.scan import scan
 
 from .helpers import NEEDS_NATIVE, distance, tiny, tokens
-from .scan_cases import Case, build, leaves, moved, outputs, relative
+from .scan_cases import Case, build, leaves, moved, outputs, relative, with_leaves
 
 pytestmark = NEEDS_NATIVE
 
@@ -31,6 +31,48 @@ def test_float32_is_as_near_to_float64_as_the_chunked_backend(net, head_dim):
         got, other = outputs(single, "native"), outputs(single, "chunked")
     for name in want:
         assert relative(got[name], want[name]) < max(2e-6, 3 * relative(other[name], want[name])), name
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_how_a_state_is_stored_does_not_matter(batch):
+    inputs = moved(build(Case(net="mlp", batch=batch, first=5, length=22)), torch.float64, "cpu", False)
+    named = leaves(inputs)
+    for name in inputs.state.to_tensors():
+        order = torch.channels_last if name[0] in "Wb" else torch.contiguous_format
+        stored = named[name].detach().contiguous(memory_format=order)
+        stored = stored if name[0] in "Wb" else stored.mT.contiguous().mT
+        named[name] = stored.requires_grad_()
+    inputs, found = with_leaves(inputs, named), []
+    for backend in ("native", "chunked"):
+        out = outputs(inputs, backend)
+        total = sum(t.square().sum() for t in out.values())
+        wanted = [t for name, t in named.items() if not name.startswith("initial")]
+        found.append([*out.values(), *torch.autograd.grad(total, wanted)])
+    assert distance(*found) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("lr", torch.Tensor.float), ("lr", lambda t: t[:, :1]), ("ln_weight", lambda t: t[:1]), ("tau", lambda t: t[1:])],
+    ids=["dtype", "heads of lr", "heads of the norm", "mini-batch"],
+)
+def test_what_would_be_read_beyond_its_end_is_refused(name, change):
+    """As a hook at a tap may return it."""
+    inputs = moved(build(Case(length=21)), torch.float64, "cpu", False)
+    tokens = native_arguments(inputs)
+    tokens[name] = change(tokens[name].detach())
+    with pytest.raises(ValueError, match=f"{name}.* must be torch.float64 .*, got|whole mini-batches of 7"):
+        forward_pass(*tokens.values())
+
+
+def native_arguments(inputs):
+    """What `forward_pass` is called with, by name."""
+    named, seen = ("q", "k", "v", "lr", "tau", "ln_weight", "ln_bias"), []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(scan_native, "forward_pass", lambda *args: seen.append(args) or forward_pass(*args))
+        scan_native.scan_native(inputs)
+    (args,) = seen
+    return dict(zip([*named, *range(len(args) - len(named))], args, strict=True))
 
 
 def test_threads_change_nothing():
@@ -88,6 +130,16 @@ def test_a_model_compiles_and_trains_as_one_graph(kind):
         out.loss.backward()
         found.append([out.logits, *out.plasticity, *(p.grad.clone() for p in model.parameters())])
     assert distance(*found) < 1e-10
+
+
+def test_the_first_call_may_be_an_export():
+    """Which traces everything it runs, and is not to trace the self-check."""
+    model, ids = tiny(num_hidden_layers=1, use_cache=False, ttt_backend="native"), tokens(1, 20)
+    scan_native._checked.cache_clear()
+    with torch.no_grad():
+        program = torch.export.export(model, (ids,), strict=False)
+        assert scan_native._checked.cache_info().currsize == 1
+        assert distance(program.module()(ids).logits, model(ids).logits) < 1e-12
 
 
 def test_what_it_cannot_serve_it_names():
