@@ -34,7 +34,8 @@ METHOD = f"""- **Ratio**: contenders run in turn, each round starts with another
   Shown are the median over rounds and the quartiles, which describe the rounds of one run on one machine.
 - **Ours**: `TTTForCausalLM`, without plasticity unless that is what is measured: the baseline and the peers have none.
   Where no way is named it is the default, `chunked`. **native**: `config.ttt_backend = "native"`; it has no
-  `output_ttt_stats`. **compiled**: `torch.compile(model, fullgraph=True)`, compilation not counted.
+  `output_ttt_stats`. **compiled**: `torch.compile(model, fullgraph=True)`, compilation not counted; baseline and limit
+  are not compiled, and the limit is that of the BLAS PyTorch calls, which compiled decoding does without.
 - **Baseline**: `benchmarks/eager_baseline.py`, the same function from the same weights as a plain loop over
   mini-batches; a test holds its logits and gradients to the library's to 1e-10 in float64. It is our own code written
   for this comparison, not the official one.

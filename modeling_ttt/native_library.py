@@ -22,6 +22,7 @@ __all__ = ["NativeLibrary", "load_library"]
 logger = logging.get_logger(__name__)
 
 SOURCE = Path(__file__).with_name("inner_loop.cpp")
+HEADERS = ("math", "task", "forward", "backward")  # inner_loop_*.h
 COMPILERS = ("c++", "g++", "clang++")
 COMMON_FLAGS = (
     *("-std=gnu++17", "-O3", "-fPIC", "-shared"),
@@ -57,8 +58,9 @@ class NativeLibrary:
 @functools.cache
 def load_library() -> tuple[NativeLibrary | None, str]:
     """The library, compiled when this machine has not done so yet, or None and the reason why there is none."""
-    if not SOURCE.is_file():
-        return None, f"{SOURCE.name} is not beside its module (a checkpoint's own code comes without it)"
+    missing = next((file.name for file in _files() if not file.is_file()), None)
+    if missing:
+        return None, f"{missing} is not beside its module (a checkpoint's own code comes without it)"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
     if compiler is None:
         names = ", ".join(COMPILERS)
@@ -72,6 +74,10 @@ def load_library() -> tuple[NativeLibrary | None, str]:
         return None, f"{compiler} could not make its library: {error}"
 
 
+def _files() -> list[Path]:
+    return [SOURCE, *(SOURCE.with_name(f"inner_loop_{part}.h") for part in HEADERS)]
+
+
 def _folder() -> Path:
     folder = Path(constants.HF_HOME) / "modeling_ttt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,8 @@ def _folder() -> Path:
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    parts = (SOURCE.read_bytes(), version, repr((COMMON_FLAGS, VARIANTS)).encode(), _processor().encode())
+    sources = b"\0".join(file.read_bytes() for file in _files())
+    parts = (sources, version, repr((COMMON_FLAGS, VARIANTS)).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -96,7 +103,7 @@ def _processor() -> str:
 
 def _compile(compiler: str, path: Path) -> None:
     """Write the library whole or not at all; the first set of flags the compiler takes."""
-    logger.info(f"compiling {SOURCE.name} with {compiler} into {path}")
+    logger.warning_once(f"Compiling {SOURCE.name} with {compiler}, once on this machine: this takes seconds.")
     with tempfile.TemporaryDirectory(dir=path.parent) as room:
         made = Path(room) / path.name
         failures = []

@@ -55,7 +55,7 @@ def _checked() -> str | None:
 
 
 def _tried() -> str | None:
-    trials = (trial(scan_native, torch.device("cpu"), net, 8, 16, "ieee", True) for net in INNER_NETS)
+    trials = (trial(scan_native, torch.device("cpu"), net, 40, 16, "ieee", True) for net in INNER_NETS)
     return next((reason for reason in trials if reason is not None), None)
 
 

@@ -1,4 +1,4 @@
-"""The linear layers: `nn.Linear` to everybody, a plain sum for one token in compiled code."""
+"""The linear layers: a subclass of `nn.Linear`, a plain sum for one token in compiled code."""
 
 import pytest
 import torch
