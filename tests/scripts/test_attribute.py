@@ -58,6 +58,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(attribute, tmp_
         (("--needle_length", 64, "--needle_digit", 4), r"needle_digit must be in \[0, 4\)"),
         (("--needle_length", 64, "--gelu_rule", "secant"), "gelu_rule must be one of"),
         (("--text", tmp_path / "none.txt"), "cannot be read"),
+        (("--seq_length", 0), "seq_length must be at least 1"),
         (("--knockouts", -1), "knockouts must not be negative"),
     ):
         with pytest.raises(ValueError, match=message):
