@@ -17,13 +17,12 @@ from tqdm.auto import tqdm
 
 from interp.captum_targets import LogitTarget, as_rows, choose_writes
 from interp.freezing import ttt_layers
-from interp.taps import kept_cache
+from interp.taps import PIECE_TOKENS, kept_cache
 from interp.write_gates import Spans, WriteGateModel, checked_spans
 from interp.write_subtraction import subtracted_writes
 
 __all__ = ["EraseCurve", "KnockoutResult", "erase_curve", "freeze_effects", "learn_without", "write_knockout"]
 
-PIECE_TOKENS = 2048
 MODES = ("recompute", "subtract")
 KINDS = ("deletion", "insertion")
 

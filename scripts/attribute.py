@@ -111,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     tables = {"writes": data.to_pandas(), "writes_by_head": found.to_pandas(), "parts": found.summary()}
     if arguments.knockouts:
         tables["knockouts"] = _knockouts(model, asked, data, arguments.knockouts)
+    else:  # one of an earlier run would be taken for this one's
+        (folder / "knockouts.csv").unlink(missing_ok=True)
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     _draw(model, asked, data, folder)

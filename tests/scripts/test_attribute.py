@@ -50,6 +50,7 @@ def test_a_text_and_a_question_are_asked_about(attribute, tmp_path, capsys):
         attribute("--text", text)
     attribute("--text", text, "--overwrite", "--knockouts", 0, "--seq_length", 8)
     assert json.loads((folder / "attribution.json").read_text())["tokens"] == 8
+    assert not (folder / "knockouts.csv").exists()
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(attribute, tmp_path):
