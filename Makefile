@@ -7,10 +7,11 @@ READY := $(VENV)/.installed
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: help demo test lint bench triton suite suite-sources
+.PHONY: help demo study test lint bench triton suite suite-sources
 
 help:
 	@echo "make demo    per-token plasticity study of the bundled checkpoint -> results/demo"
+	@echo "make study   the plasticity study of the bundled checkpoints, controls and verdicts, 20 minutes -> results/study"
 	@echo "make test    all tests but the slow ones (those: .venv/bin/python -m pytest -m slow)"
 	@echo "make lint    ruff check, ruff format --check"
 	@echo "make bench   time the models against a plain loop and their peers, 15 minutes -> docs/benchmarks.md"
@@ -30,6 +31,11 @@ demo: $(READY)
 		--freeze all --freeze 0-1 --freeze 2-3 --exp_dir results --exp_name demo --overwrite
 	@$(BIN)/python scripts/check_results.py results/demo
 	@$(BIN)/python scripts/plot_results.py results/demo
+
+# Goes on where it stopped. `make STUDY="--text a.txt --text b.txt --exp_name novels" study` reads other texts.
+study: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m accelerate.commands.launch --config_file scripts/configs/two_cpu.yaml \
+		scripts/study.py --processes 2 --setting small $(STUDY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q

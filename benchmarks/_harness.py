@@ -157,7 +157,8 @@ def _revision() -> str | None:
 def _code() -> str:
     """Digest of the library as it is on disk, committed or not."""
     digest = hashlib.sha256()
-    for path in sorted(Path(modeling_ttt.__file__).parent.glob("*.py")):
+    sources = (path for path in Path(modeling_ttt.__file__).parent.iterdir() if path.suffix in (".py", ".cpp", ".h"))
+    for path in sorted(sources):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -20,10 +20,10 @@ from interp.plots import (
     BAD_COLOUR,
     CONFIGURATION_COLOURS,
     FigureAxes,
-    _axes,
-    _label_some,
-    _plain_log_labels,
-    _set_title,
+    axes_of,
+    label_some,
+    plain_log_labels,
+    set_title,
 )
 from interp.pooled_maps import PooledWriteMap
 from interp.state import StateTrace
@@ -68,7 +68,7 @@ def plot_write_map(
     reads = len(values)
     if data.read_names is None:
         values = _binned(values, MAX_CELLS)
-    figure, ax = _axes(ax, width=6.5, height=5.0)
+    figure, ax = axes_of(ax, width=6.5, height=5.0)
     limit = np.nanmax(np.abs(values), initial=0.0) or 1.0
     signed = data.mode != "norm"
     colours = colormaps["RdBu" if signed else "viridis"].with_extremes(bad=BAD_COLOUR)
@@ -82,16 +82,16 @@ def plot_write_map(
         rasterized=True,
     )
     ax.invert_yaxis()
-    _label_some(ax, [token_label(name) for name in data.names], axis="x")
+    label_some(ax, [token_label(name) for name in data.names], axis="x")
     if data.read_names is None:
         ax.set_ylabel("reading token")
     else:
-        _label_some(ax, [token_label(name) for name in data.read_names], axis="y")
+        label_some(ax, [token_label(name) for name in data.read_names], axis="y")
         ax.set_ylabel("reads")
     ax.set_xlabel("writes")
     figure.colorbar(mesh, ax=ax, label=MODE_LABELS[data.mode], pad=0.01)
     who = "mean of the heads" if head is None else f"head {head}"
-    _set_title(ax, f"Write -> read, layer {data.layer}, {who}")
+    set_title(ax, f"Write -> read, layer {data.layer}, {who}")
     return figure, ax
 
 
@@ -100,7 +100,7 @@ def plot_top_writes(data: AttributedText, *, ax: Axes | None = None) -> FigureAx
 
     Beyond 1,000 tokens a column of the figure shows the largest positive and the largest negative write of a stretch.
     """
-    figure, ax = _axes(ax, width=10.0, height=3.6)
+    figure, ax = axes_of(ax, width=10.0, height=3.6)
     values = data.contributions
     edges = np.linspace(0, len(values), min(len(values), MAX_CELLS) + 1).astype(int)
     stretches = [values[first:end] for first, end in zip(edges[:-1], edges[1:], strict=True)]
@@ -118,13 +118,13 @@ def plot_top_writes(data: AttributedText, *, ax: Axes | None = None) -> FigureAx
     ax.set(xlabel="token that was written", ylabel="contribution (logits)")
     _name_writes(ax, data)
     ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _set_title(ax, f"{token_label(data.question, 90)} = {format_number(data.value)} at token {data.position}")
+    set_title(ax, f"{token_label(data.question, 90)} = {format_number(data.value)} at token {data.position}")
     return figure, ax
 
 
 def plot_erase_curve(data: EraseCurve, *, ax: Axes | None = None) -> FigureAxes:
     """Draw the target while writes go or come in an order, with the middle 95% of random orders as a band."""
-    figure, ax = _axes(ax, width=5.5, height=4.0)
+    figure, ax = axes_of(ax, width=5.5, height=4.0)
     table = data.to_pandas()
     ax.plot(100 * table["fraction"], table["value"], color=RAISES, marker="o", markersize=3, label="in order")
     label = f"in order, area {format_number(data.auc)}"
@@ -141,7 +141,7 @@ def plot_erase_curve(data: EraseCurve, *, ax: Axes | None = None) -> FigureAxes:
         ax.legend(handles, names, fontsize="small")
     verb = "knocked out" if data.kind == "deletion" else "let in"
     ax.set(xlabel=f"writes {verb} (%)", ylabel="target")
-    _set_title(ax, f"Erase curve, {data.kind}")
+    set_title(ax, f"Erase curve, {data.kind}")
     return figure, ax
 
 
@@ -150,7 +150,7 @@ def plot_spectra(
 ) -> FigureAxes:
     """Draw the singular values of what a layer (None: the first) learnt at every checkpoint, mean over heads."""
     index, spectra = _layer_index(data, layer), _of_map(data.singular_values, inner_map)
-    figure, ax = _axes(ax, width=6.0, height=4.2)
+    figure, ax = axes_of(ax, width=6.0, height=4.2)
     values = spectra[row, index].mean(0).double().numpy()  # [C, min(in, out)]
     colours = colormaps["viridis"](np.linspace(0, 0.92, len(values)))
     for tokens, colour, spectrum in zip(data.checkpoints, colours, values, strict=True):
@@ -159,50 +159,50 @@ def plot_spectra(
     ax.set_yscale("log")
     if values.max() > 0:  # values below this are rounding
         ax.set_ylim(bottom=max(values[values > 0].min(), 1e-5 * values.max()) / 1.5)
-        _plain_log_labels(ax.yaxis)
+        plain_log_labels(ax.yaxis)
     ax.set(xlabel="rank", ylabel="singular value of W - W_0")
     handles, labels = ax.get_legend_handles_labels()
     step = -(-len(handles) // 10)
     ax.legend(handles[::step], labels[::step], title="tokens", fontsize="small", bbox_to_anchor=(1.0, 1.0))
-    _set_title(ax, f"Spectrum of layer {data.layers[index]}, map {inner_map}")
+    set_title(ax, f"Spectrum of layer {data.layers[index]}, map {inner_map}")
     return figure, ax
 
 
 def plot_ranks(data: StateTrace, *, ax: Axes | None = None, row: int = 0, inner_map: int = 1) -> FigureAxes:
     """Draw effective (solid) and stable rank (dashed) of what each layer learnt over the text, mean over heads."""
-    figure, ax = _axes(ax, width=6.5, height=4.0)
+    figure, ax = axes_of(ax, width=6.5, height=4.0)
     for ranks, style, name in ((data.effective_rank, "-", "effective"), (data.stable_rank, "--", "stable")):
         for i, layer in enumerate(data.layers):
             values = _of_map(ranks, inner_map)[row, i].mean(0).numpy()
             colour = CONFIGURATION_COLOURS[i % len(CONFIGURATION_COLOURS)]
             ax.plot(data.checkpoints, values, style, color=colour, label=f"layer {layer}, {name}")
     _layer_legend(ax, "rank of W - W_0")
-    _set_title(ax, f"Ranks of the state, map {inner_map}")
+    set_title(ax, f"Ranks of the state, map {inner_map}")
     return figure, ax
 
 
 def plot_drift(data: StateTrace, *, ax: Axes | None = None, row: int = 0) -> FigureAxes:
     """Draw the distance of each layer's state from W_0 over the text, heads as the root of the sum of squares."""
-    figure, ax = _axes(ax, width=6.5, height=4.0)
+    figure, ax = axes_of(ax, width=6.5, height=4.0)
     for i, layer in enumerate(data.layers):
         values = data.drift[row, i].square().sum(0).sqrt().numpy()
         colour = CONFIGURATION_COLOURS[i % len(CONFIGURATION_COLOURS)]
         ax.plot(data.checkpoints, values, color=colour, marker=".", label=f"layer {layer}")
     ax.set_ylim(bottom=0)
     _layer_legend(ax, "||W - W_0||")
-    _set_title(ax, "Drift of the state")
+    set_title(ax, "Drift of the state")
     return figure, ax
 
 
 def plot_lags(data: LagHistogram, *, ax: Axes | None = None) -> FigureAxes:
     """Draw how far back the reads of a layer reach: the share of all sizes in bins of lags that double."""
-    figure, ax = _axes(ax, width=6.5, height=3.8)
+    figure, ax = axes_of(ax, width=6.5, height=3.8)
     table = data.to_pandas()
     ax.bar(np.arange(len(table)), 100 * table["share"].fillna(0.0), color=RAISES)
     names = [f"{low:,}" if low == high else f"{low:,}-{high:,}" for low, high in zip(data.low, data.high, strict=True)]
-    _label_some(ax, names, axis="x")
+    label_some(ax, names, axis="x")
     ax.set(xlabel="lag (tokens)", ylabel="share of all sizes (%)")
-    _set_title(ax, f"How far back layer {data.layer} reads ({MODE_LABELS[data.mode]}, {data.reads:,} reads)")
+    set_title(ax, f"How far back layer {data.layer} reads ({MODE_LABELS[data.mode]}, {data.reads:,} reads)")
     return figure, ax
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from interp.classifiers import WordClassifier, single_tokens
 from interp.files import read_text
 from interp.words import NUMBER, TokenTable, Words, find_words, normalise
 
@@ -21,6 +22,7 @@ __all__ = [
     "bucket_tokens",
     "bundled_stop_lists",
     "load_stop_words",
+    "single_token_buckets",
 ]
 
 
@@ -50,6 +52,20 @@ class StopList:
     sha256: str
     words: frozenset[str]
 
+    def is_syntax(self, words: Words) -> np.ndarray:
+        """Say for every word whether it, or it without its possessive, is in the list, bool [W]."""
+        known = {form: form in self.words or _stem(form) in self.words for form in set(words.forms)}
+        return np.fromiter((known[form] for form in words.forms), dtype=bool, count=len(words.forms))
+
+    def describe(self) -> dict[str, Any]:
+        """Give name, version, sha256 and size."""
+        return {
+            "stop_words": self.name,
+            "stop_words_version": self.version,
+            "stop_words_sha256": self.sha256,
+            "stop_words_size": len(self.words),
+        }
+
 
 @dataclass(frozen=True)
 class TokenBuckets:
@@ -59,7 +75,8 @@ class TokenBuckets:
     word_id: int32 [T], number of the token's word in the order of the text, -1 for tokens outside words.
     is_word_start: bool [T], True at the first token of a word; the others are easier to predict.
     meta: what the labels depend on, ready for JSON: stop_words, stop_words_version, stop_words_sha256,
-        stop_words_size, numbers, min_lag, tokenizer_kind, byte_exact.
+        stop_words_size (or `classifier`, the description of another one), numbers, min_lag, tokenizer_kind,
+        byte_exact.
     """
 
     labels: np.ndarray
@@ -76,6 +93,7 @@ def bucket_tokens(
     numbers: str = "content",
     min_lag: int = 0,
     doc_ids: Any = None,
+    classifier: WordClassifier | None = None,
 ) -> TokenBuckets:
     """Label every token of one or several documents.
 
@@ -91,12 +109,14 @@ def bucket_tokens(
         min_lag: in tokens; the mini-batch size demands an occurrence in an earlier mini-batch.
         doc_ids: integers [T], equal within a document. Without them a document begins at the start, at each
             BOS and after each EOS token.
+        classifier: what makes a word SYNTAX, instead of `stop_words` (`interp.classifiers`).
 
     Raises ValueError or TypeError for ids of another tokenizer, shapes that differ and unknown options.
     """
     table = TokenTable.from_tokenizer(tokenizer)
     ids = table.check_ids(ids)
-    stops = load_stop_words(stop_words)
+    classifier = classifier or load_stop_words(stop_words)
+    described = classifier.describe()
     if numbers not in ("content", "other"):
         raise ValueError(f'numbers must be "content" or "other", got {numbers!r}')
     if isinstance(min_lag, bool) or not isinstance(min_lag, int | np.integer):
@@ -107,19 +127,42 @@ def bucket_tokens(
     words = find_words(ids, table, breaks=np.diff(documents, prepend=documents[:1]) != 0)
     labels = np.full(len(ids), Bucket.OTHER, dtype=np.uint8)
     inside = words.of_token >= 0
-    labels[inside] = _label_words(words, documents, stops, numbers, min_lag)[words.of_token[inside]]
+    syntax = np.asarray(classifier.is_syntax(words))
+    if syntax.shape != (len(words.forms),) or syntax.dtype != bool:
+        raise ValueError(f"classifier must give bool [{len(words.forms)}], got {syntax.dtype} {list(syntax.shape)}")
+    labels[inside] = _label_words(words, documents, syntax, numbers, min_lag)[words.of_token[inside]]
     word_id = np.full(len(ids), -1, dtype=np.int32)
     word_id[inside] = np.cumsum(words.is_start)[inside] - 1
     meta = {
-        "stop_words": stops.name,
-        "stop_words_version": stops.version,
-        "stop_words_sha256": stops.sha256,
-        "stop_words_size": len(stops.words),
+        **(described if isinstance(classifier, StopList) else {"classifier": described}),
         "numbers": numbers,
         "min_lag": int(min_lag),
         "tokenizer_kind": table.kind,
         "byte_exact": table.exact,
     }
+    return TokenBuckets(labels, word_id, words.is_start, meta)
+
+
+def single_token_buckets(ids: Any, tokenizer: Any, *, doc_ids: Any = None) -> TokenBuckets:
+    """Label tokens in the manner of the earlier study, for comparison with its figures.
+
+    SYNTAX are the tokens of `interp.classifiers.single_tokens`; of the others a token id seen before in the
+    document is RETRIEVAL, its first occurrence NOVELTY. Parts of words are judged by themselves. Special tokens,
+    which fall under NOVELTY there, are OTHER here. Arguments and errors as in `bucket_tokens`.
+    """
+    table = TokenTable.from_tokenizer(tokenizer)
+    ids = table.check_ids(ids)
+    chosen = single_tokens(table)
+    documents = _documents(ids, table, doc_ids)
+    _, first, inverse = np.unique(np.stack([documents, ids]), axis=1, return_index=True, return_inverse=True)
+    seen = first[inverse.reshape(-1)] < np.arange(len(ids))
+    labels = np.where(seen, Bucket.RETRIEVAL, Bucket.NOVELTY).astype(np.uint8)
+    labels[np.isin(ids, chosen.ids)] = Bucket.SYNTAX
+    labels[np.isin(ids, list(table.special))] = Bucket.OTHER
+    words = find_words(ids, table, breaks=np.diff(documents, prepend=documents[:1]) != 0)
+    word_id = np.where(words.of_token >= 0, np.cumsum(words.is_start) - 1, -1).astype(np.int32)
+    described = {"name": "single tokens", "syntax_tokens": len(chosen.ids), "dropped_words": list(chosen.dropped)}
+    meta = {"classifier": described, "tokenizer_kind": table.kind, "byte_exact": table.exact}
     return TokenBuckets(labels, word_id, words.is_start, meta)
 
 
@@ -181,13 +224,12 @@ def _documents(ids: np.ndarray, table: TokenTable, doc_ids: Any) -> np.ndarray:
     return documents.astype(np.int64)
 
 
-def _label_words(words: Words, documents: np.ndarray, stops: StopList, numbers: str, min_lag: int) -> np.ndarray:
+def _label_words(words: Words, documents: np.ndarray, syntax: np.ndarray, numbers: str, min_lag: int) -> np.ndarray:
     """Bucket of every word, uint8 [W]."""
     vocabulary: dict[str, int] = {}
     form = np.array([vocabulary.setdefault(w, len(vocabulary)) for w in words.forms], dtype=np.int64)
     keys: dict[str, int] = {}
     key_of_form = np.array([keys.setdefault(_stem(w), len(keys)) for w in vocabulary], dtype=np.int64)
-    stop_of_form = np.array([w in stops.words or _stem(w) in stops.words for w in vocabulary], dtype=bool)
     document = np.unique(documents, return_inverse=True)[1][words.begin]
     occurrence = document * len(keys) + key_of_form[form]
     _, first, inverse = np.unique(occurrence, return_index=True, return_inverse=True)
@@ -196,7 +238,7 @@ def _label_words(words: Words, documents: np.ndarray, stops: StopList, numbers: 
     lag = words.begin - words.end[first]
     seen = (first < np.arange(len(first))) & (lag >= min_lag)
     labels = np.where(seen, Bucket.RETRIEVAL, Bucket.NOVELTY).astype(np.uint8)
-    labels[stop_of_form[form]] = Bucket.SYNTAX
+    labels[syntax] = Bucket.SYNTAX
     if numbers == "other":
         labels[words.kinds == NUMBER] = Bucket.OTHER
     return labels

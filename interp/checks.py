@@ -180,11 +180,13 @@ def check_active_layers(run: Run) -> CheckResult:
 
     Frozen is what run.json says in model.frozen_layers, frozen_heads and frozen_from.
     """
-    frozen, begin = _frozen_layers(run), run.meta["model"]["frozen_from"]
-    late = np.zeros(len(run.tokens), bool) if begin is None else run.tokens["position"].to_numpy() >= begin
+    frozen, begins = _frozen_layers(run), _frozen_from(run)
+    position = run.tokens["position"].to_numpy()
     wrong, numbers = [], []
     for column, layer in enumerate(run.ttt_layers):
         values = run.plasticity[:, column]
+        begin = begins.get(layer)
+        late = np.zeros(len(position), bool) if begin is None else position >= begin
         writes = bool((values > 0).any())
         if layer in frozen and writes:
             wrong.append(f"layer {layer} is frozen but has plasticity up to {format_number(float(values.max()))}")
@@ -213,7 +215,8 @@ def check_freezing(run: Run) -> CheckResult:
             continue
         change = np.abs(run.loss_frozen[:, index] - loss)
         largest = float(np.nanmax(change))
-        new = sorted(set(layers) - already)
+        heads = {int(layer): chosen for layer, chosen in entry.get("heads", {}).items() if int(layer) not in already}
+        new = sorted({*layers, *(layer for layer, chosen in heads.items() if chosen)} - already)
         if new and largest == 0:
             wrong.append(f"{name!r} changes no loss at all: the layers {new} were not frozen")
         if not new and largest > _LOSS_TOLERANCE:
@@ -292,10 +295,17 @@ def check_decay(run: Run, *, boot: Bootstrap = DEFAULT_BOOTSTRAP) -> Iterator[Ch
 def _frozen_layers(run: Run) -> set[int]:
     """Layers that never write according to run.json: frozen as a whole, in all heads, or from the first token."""
     model = run.meta["model"]
-    if model["frozen_from"] == 0:
-        return set(run.ttt_layers)
     whole = {int(layer) for layer, heads in model["frozen_heads"].items() if len(heads) == model["num_heads"]}
-    return whole | set(model["frozen_layers"])
+    at_once = {layer for layer, begin in _frozen_from(run).items() if begin == 0}
+    return whole | at_once | set(model["frozen_layers"])
+
+
+def _frozen_from(run: Run) -> dict[int, int]:
+    """Index of the token from which on a layer is frozen, of the layers that have one."""
+    begin = run.meta["model"]["frozen_from"]
+    if isinstance(begin, dict):
+        return {int(layer): index for layer, index in begin.items()}
+    return {} if begin is None else dict.fromkeys(run.ttt_layers, begin)
 
 
 def _bucket_counts(run: Run) -> dict[str, int]:

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from interp.bucketing import StopList, bucket_tokens, load_stop_words
 from interp.documents import Document
 from interp.freezing import Freezing, freezing_multiplier, ttt_layers
-from interp.reader import DEFAULT_SEGMENT_LENGTH, evaluation_mode, read_batch
+from interp.reader import DEFAULT_SEGMENT_LENGTH, STATS, Reading, evaluation_mode, read_batch
 from interp.run_folder import RunFolder, token_table
 from interp.words import TokenTable, byte_lengths, token_strings
 
@@ -29,6 +29,14 @@ DEFINITIONS = {
     "plasticity": "Frobenius norm of what the token commits to the inner weights of a layer, biases "
     "included, heads combined as the root of the sum of squares; no unit.",
     "loss_frozen": "Like loss, while the layers of one freezing configuration never write, in nats.",
+    "greedy": "1 where the token is the one that the model finds most likely given those before it, else 0; nothing "
+    "frozen, then every freezing configuration.",
+    "inner_lr": "Inner learning rate of the token's write, mean over heads; no unit.",
+    "inner_grad_norm": "Frobenius norm of the token's inner gradient before any learning rate, heads combined.",
+    "inner_loss_init": "Inner loss of the token at W_0, sum over heads.",
+    "inner_loss_before": "Inner loss at the weights of the mini-batch start, sum over heads.",
+    "inner_loss_after": "Inner loss at the weights that the token itself reads, sum over heads.",
+    "state_drift": "Norm of the committed weights less W_0, heads combined.",
     "bucket": "0 SYNTAX (stop word), 1 RETRIEVAL (word seen before in the document), 2 NOVELTY (first "
     "occurrence), 3 OTHER (punctuation, white space, special tokens).",
     "word_id": "Number of the token's word in the document, -1 outside words.",
@@ -40,6 +48,7 @@ DEFINITIONS = {
     "weights_fingerprint": "SHA-256 of the names, shapes and up to 1024 evenly spread values of every parameter.",
     "seconds": "Wall-clock time of all passes, freezing included, of the slowest process, in seconds.",
     "tokens_per_second": "Tokens of the run (each counted once) by seconds.",
+    "pass_seconds": "Seconds of each reading, all processes added up: nothing frozen, then every freezing.",
 }
 _PACKAGES = (
     "torch",
@@ -66,6 +75,7 @@ def collect(
     stop_words: str | os.PathLike | Iterable[str] | StopList = "en",
     numbers: str = "content",
     min_lag: int = 0,
+    stats: bool = False,
     arguments: Mapping[str, Any] | None = None,
     corpus: Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -79,7 +89,8 @@ def collect(
     """Read every document with the model and leave a run folder; return the path of its run.json.
 
     Each entry of `freezing` is one more pass over the same documents. Buckets are made per document with
-    `stop_words`, `numbers` and `min_lag` (tokens), as in `interp.bucketing`. `arguments`, `corpus` and `seed`
+    `stop_words`, `numbers` and `min_lag` (tokens), as in `interp.bucketing`. `stats` keeps the diagnostics of the
+    inner loop as well (`interp.reader.STATS`), at about twice the time. `arguments`, `corpus` and `seed`
     (JSON values) are kept in run.json. Of `world_size` processes that get the same documents, process `rank`
     reads every `world_size`-th; `barrier` must wait for all of them. Batches of `batch_size` documents are
     kept as they are done: `resume` goes on with an interrupted run of the same settings and weights. A run
@@ -98,6 +109,7 @@ def collect(
         layers=ttt_layers(model.config),
         freezing=tuple(freezing),
         segment_length=segment_length,
+        stats=stats,
         buckets={"stop_words": load_stop_words(stop_words), "numbers": numbers, "min_lag": min_lag},
     )
     meta = {
@@ -105,7 +117,7 @@ def collect(
         "tokenizer": {"id": getattr(tokenizer, "name_or_path", "") or None, "vocab_size": len(tokenizer)},
         "corpus": dict(corpus or {}),
         "bucketing": bucket_tokens([], reader.table, **reader.buckets).meta,
-        "freezing": [asdict(entry) for entry in reader.freezing],
+        "freezing": [_describe_freezing(entry) for entry in reader.freezing],
         "seed": seed,
     }
     wait = barrier or (lambda: None)
@@ -115,7 +127,7 @@ def collect(
     if first is None and rank == 0:
         raise ValueError("there are no documents to read")
     if rank == 0:
-        sizes = {"batch_size": batch_size, "segment_length": segment_length, "world_size": world_size}
+        sizes = {"batch_size": batch_size, "segment_length": segment_length, "world_size": world_size, "stats": stats}
         RunFolder.create(folder, arguments={**meta, **sizes}, overwrite=overwrite, resume=resume)
     wait()
     target = RunFolder(folder)
@@ -144,43 +156,52 @@ class _Reader:
     layers: list[int]
     freezing: tuple[Freezing, ...]
     segment_length: int
+    stats: bool
     buckets: dict[str, Any]
 
     def read(self, batch: Sequence[tuple[int, Document]]) -> tuple[pa.Table, dict[str, Any]]:
         """Rows of several numbered documents, and notes for run.json."""
         rows = [document.input_ids for _, document in batch]
-        begun = time.perf_counter()
-        readings = read_batch(self.model, rows, segment_length=self.segment_length)
-        frozen = [self._read_frozen(rows, freezing) for freezing in self.freezing]
-        seconds = time.perf_counter() - begun
+        clock = [time.perf_counter()]
+        readings = read_batch(self.model, rows, segment_length=self.segment_length, stats=self.stats)
+        clock.append(time.perf_counter())
+        frozen = []
+        for freezing in self.freezing:
+            frozen.append(self._read_frozen(rows, freezing))
+            clock.append(time.perf_counter())
+        per_pass = np.diff(clock).tolist()
         tables, notes = [], []
         for row, (index, document) in enumerate(batch):
             loss = readings[row].loss
-            loss_frozen = np.stack([losses[row] for losses in frozen], axis=1) if frozen else None
+            loss_frozen = np.stack([other[row].loss for other in frozen], axis=1) if frozen else None
+            greedy = np.stack([readings[row].greedy, *(other[row].greedy for other in frozen)], axis=1)
             plasticity = readings[row].plasticity
             if plasticity.shape[1] != len(self.layers):
                 got = plasticity.shape[1]
                 raise ValueError(f"the model gives plasticity of {got} layers, its TTT layers are {self.layers}")
-            tables.append(token_table(self._columns(index, document, loss), plasticity, loss_frozen))
+            extras = {"greedy": greedy, **readings[row].stats}
+            tables.append(token_table(self._columns(index, document, loss), plasticity, loss_frozen, extras))
             notes.append(self._note(index, document, loss, loss_frozen))
-        return pa.concat_tables(tables), {"documents": notes, "seconds": seconds}
+        return pa.concat_tables(tables), {"documents": notes, "seconds": sum(per_pass), "pass_seconds": per_pass}
 
     def empty(self) -> pa.Table:
         """The table of a process without documents."""
         nothing = np.zeros(0, np.int64)
         columns = {**self._tokens(nothing), "document": nothing, "is_answer": nothing, "loss": nothing}
         loss_frozen = np.zeros((0, len(self.freezing))) if self.freezing else None
-        return token_table(columns, np.zeros((0, len(self.layers))), loss_frozen)
+        per_layer = np.zeros((0, len(self.layers)))
+        extras = dict.fromkeys(STATS if self.stats else (), per_layer)
+        extras["greedy"] = np.zeros((0, 1 + len(self.freezing)))
+        return token_table(columns, per_layer, loss_frozen, extras)
 
-    def _read_frozen(self, rows: Sequence[np.ndarray], freezing: Freezing) -> list[np.ndarray]:
-        readings = read_batch(
+    def _read_frozen(self, rows: Sequence[np.ndarray], freezing: Freezing) -> list[Reading]:
+        return read_batch(
             self.model,
             rows,
             segment_length=self.segment_length,
-            lr_mult=freezing_multiplier(freezing, self.layers),
+            lr_mult=freezing_multiplier(freezing, self.layers, self.model.config.num_attention_heads),
             plasticity=False,
         )
-        return [reading.loss for reading in readings]
 
     def _columns(self, index: int, document: Document, loss: np.ndarray) -> dict[str, Any]:
         ids = document.input_ids
@@ -231,7 +252,9 @@ def _collect_shard(
                 folder.write_part(table, index, rank, world_size, notes=notes)
             bar.update(sum(len(document.input_ids) for _, document in batch))
     if index < 0:
-        folder.write_part(reader.empty(), 0, rank, world_size, notes={"documents": [], "seconds": 0.0})
+        folder.write_part(
+            reader.empty(), 0, rank, world_size, notes={"documents": [], "seconds": 0.0, "pass_seconds": []}
+        )
     folder.merge_parts(rank, world_size)
 
 
@@ -266,8 +289,13 @@ def _totals(notes: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[dict[str
         "nats_per_byte": nats[0] / size if size and nats[0] is not None else None,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "pass_seconds": _add_columns(part["pass_seconds"] for process in notes for part in process),
     }
     return [{key: entry[key] for key in ("document", "name", "tokens", "bytes")} for entry in entries], totals
+
+
+def _add_columns(rows: Iterable[Sequence[float]]) -> list[float]:
+    return [sum(column) for column in zip(*(row for row in rows if row), strict=True)]
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
@@ -292,6 +320,9 @@ def _describe_model(model: Any, layers: list[int]) -> dict[str, Any]:
         described.pop(key, None)
     text = json.dumps(described, sort_keys=True, default=str)
     frozen_heads = getattr(config, "frozen_heads", None) or {}
+    frozen_from = getattr(config, "frozen_from", None)
+    if isinstance(frozen_from, dict):
+        frozen_from = {str(layer): index for layer, index in frozen_from.items()}
     return {
         "id": getattr(config, "_name_or_path", "") or type(model).__name__,
         "revision": getattr(config, "_commit_hash", None),
@@ -301,11 +332,16 @@ def _describe_model(model: Any, layers: list[int]) -> dict[str, Any]:
         "ttt_layers": layers,
         "frozen_layers": list(getattr(config, "frozen_layers", None) or []),
         "frozen_heads": {str(layer): list(heads) for layer, heads in frozen_heads.items()},
-        "frozen_from": getattr(config, "frozen_from", None),
+        "frozen_from": frozen_from,
         "num_heads": config.num_attention_heads,
         "mini_batch_size": config.mini_batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+def _describe_freezing(entry: Freezing) -> dict[str, Any]:
+    heads = {str(layer): list(chosen) for layer, chosen in entry.heads.items()}
+    return {"name": entry.name, "layers": list(entry.layers), **({"heads": heads} if heads else {})}
 
 
 def _fingerprint(model: Any) -> str:

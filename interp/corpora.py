@@ -14,7 +14,7 @@ from interp.documents import Document, pydoc_topics, text_encoder
 from interp.files import read_text
 from interp.needle import NeedleOptions, needle_documents
 
-DATASET_TYPES = ("pydoc", "text", "needle", "synthetic", "pg19", "wikitext", "hub", "tokens")
+DATASET_TYPES = ("pydoc", "text", "needle", "synthetic", "repeated", "pg19", "wikitext", "hub", "tokens")
 DEFAULT_SEQ_LENGTH = 2048
 DEFAULT_SPLIT = "validation"
 HUB_DEFAULTS = {
@@ -29,9 +29,11 @@ USED_OPTIONS = {
     "text": _OF_TEXTS | {"path"},
     "needle": frozenset({"needle"}),
     "synthetic": frozenset({"needle"}),
+    "repeated": frozenset(),
     "tokens": frozenset({"path", "pieces_per_text"}),
     **dict.fromkeys(HUB_DEFAULTS, _OF_DATASETS),
 }
+REPEATED_SENTENCE = "The quick brown fox jumps over the lazy dog. "
 _CHARS_PER_TOKEN = 16  # more than a token of natural text has
 _LEAST_CHARS = 200_000
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -61,6 +63,7 @@ def load_corpus(
     - `pydoc`: the language reference that comes with Python (its topics, joined until they are long enough);
     - `text`: UTF-8 files; `path` is a file, several, or a folder (its *.txt files);
     - `needle` (or `synthetic`): retrieval documents of `interp.needle`, from `seed` and `needle` (NeedleOptions);
+    - `repeated`: one sentence again and again; each of the `max_documents` documents begins a token later in it;
     - `pg19`, `wikitext`, `hub`: a dataset read as a stream; `path` is a Hub id, a local file or folder of the same
       columns; `split` (validation), `config_name` and `text_column` (text) say which part of it;
     - `tokens`: made beforehand; `path` is a 1-D integer .npy (memory-mapped) or a parquet with `input_ids`.
@@ -84,6 +87,8 @@ def load_corpus(
         return needle_documents(
             tokenizer, seq_length=seq_length, max_documents=max_documents, seed=seed, options=needle
         )
+    if dataset_type == "repeated":
+        return _repeated(tokenizer, seq_length, max_documents)
     if dataset_type == "tokens":
         texts, prefix = _token_files(_existing(path)), []
     else:
@@ -100,6 +105,20 @@ def load_corpus(
             texts = ((name, encode(text)) for name, text in rows)
     documents = _cut(texts, np.array(prefix, np.int64), seq_length, pieces_per_text, dataset_type)
     return islice(documents, max_documents)
+
+
+def _repeated(tokenizer: Any, seq_length: int, max_documents: int | None) -> Iterator[Document]:
+    if max_documents is None:
+        raise ValueError("repeated documents have no end: max_documents is needed")
+    encode, prefix = text_encoder(tokenizer)
+    sentence = encode(REPEATED_SENTENCE)
+
+    def generate() -> Iterator[Document]:
+        for index in range(max_documents):
+            ids = np.resize(np.roll(sentence, -index), seq_length - len(prefix))
+            yield Document(f"repeated {index}", np.concatenate([prefix, ids]).astype(np.int64))
+
+    return generate()
 
 
 def _cut(

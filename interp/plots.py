@@ -19,6 +19,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 from interp import captions
 from interp.files import write_beside
@@ -55,29 +56,29 @@ def plot_plasticity_heatmap(data: TimeTables, *, ax: Axes | None = None) -> Figu
     """
     table = data.plasticity
     matrix = table.pivot(index="layer", columns="start", values="plasticity")
-    figure, ax = _axes(ax, width=9.0, height=1.8 + 0.28 * min(max(len(matrix), 4), MAX_LABELS))
+    figure, ax = axes_of(ax, width=9.0, height=1.8 + 0.28 * min(max(len(matrix), 4), MAX_LABELS))
     values = np.ma.masked_invalid(matrix.where(matrix > 0).to_numpy(dtype=float))
     edges = np.append(matrix.columns.to_numpy(), table["stop"].max())
     rows = np.arange(len(matrix) + 1) - 0.5
     colours = colormaps["viridis"].with_extremes(bad=BAD_COLOUR)
     norm = _log_norm(values, share=0.98)
     mesh = ax.pcolormesh(edges, rows, values, norm=norm, cmap=colours, rasterized=True)
-    _label_some(ax, [str(layer) for layer in matrix.index], axis="y")
+    label_some(ax, [str(layer) for layer in matrix.index], axis="y")
     ax.set(xlabel="token index in the document", ylabel="layer")
     width = int((table["stop"] - table["start"]).max())
     outside = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
     extend = outside[bool((values < norm.vmin).any()), bool((values > norm.vmax).any())]
     bar = figure.colorbar(mesh, ax=ax, label=f"plasticity\n(mean of {width} tokens)", pad=0.01, extend=extend)
-    _plain_log_labels(bar.ax.yaxis)
+    plain_log_labels(bar.ax.yaxis)
     if np.ma.getmaskarray(values).any():
         ax.legend(handles=[Patch(color=BAD_COLOUR, label="writes nothing")], loc="upper right", fontsize="small")
-    _set_title(ax, captions.heatmap_caption(data).title)
+    set_title(ax, captions.heatmap_caption(data).title)
     return figure, ax
 
 
 def plot_surprisal(data: SurprisalTables, *, ax: Axes | None = None) -> FigureAxes:
     """Draw tokens over surprisal and plasticity, both on log scales, with the trend of the geometric mean."""
-    figure, ax = _axes(ax, width=7.5, height=5.5)
+    figure, ax = axes_of(ax, width=7.5, height=5.5)
     ax.set_xscale("log")
     ax.set_yscale("log")
     if len(data.histogram):
@@ -87,7 +88,7 @@ def plot_surprisal(data: SurprisalTables, *, ax: Axes | None = None) -> FigureAx
         mesh = ax.pcolormesh(x, y, counts, norm=norm, cmap="Blues", rasterized=True)
         bar = figure.colorbar(mesh, ax=ax, label="tokens per cell", pad=0.01)
         bar.ax.set_ylim(1 if counts.max() > 1 else 0.3, None)
-        _plain_log_labels(bar.ax.yaxis)
+        plain_log_labels(bar.ax.yaxis)
     trend = data.trend
     share = format_share(data.correlation["confidence"].iloc[0])
     ax.errorbar(
@@ -102,12 +103,12 @@ def plot_surprisal(data: SurprisalTables, *, ax: Axes | None = None) -> FigureAx
         label=f"geometric mean per tenth of the tokens, {share} interval",
     )
     for axis in (ax.xaxis, ax.yaxis):
-        _plain_log_labels(axis)
+        plain_log_labels(axis)
     ax.set(
         xlabel=f"surprisal of token {token_label(data.lag)} (nats)", ylabel="plasticity of token t (all layers pooled)"
     )
     ax.legend(loc="upper left", bbox_to_anchor=(0.0, -0.13), borderaxespad=0.0, fontsize="small")
-    _set_title(ax, captions.surprisal_caption(data).title)
+    set_title(ax, captions.surprisal_caption(data).title)
     return figure, ax
 
 
@@ -124,7 +125,7 @@ def plot_buckets(data: BucketTables, *, ax: Axes | None = None, value: str = "ra
     if value not in labels:
         raise ValueError(f"value must be one of {sorted(labels)}, got {value!r}")
     layers = sorted(set(means["layer"]))
-    figure, ax = _axes(ax, width=min(16.0, 5.0 + 0.8 * len(layers)), height=4.6)
+    figure, ax = axes_of(ax, width=min(16.0, 5.0 + 0.8 * len(layers)), height=4.6)
     adjusted = _adjusted_ratios(data, reference)
     for shift, bucket in zip(np.linspace(-0.3, 0.24, len(BUCKET_NAMES)), BUCKET_NAMES, strict=True):
         rows = means[means["bucket"] == bucket].set_index("layer").loc[layers]
@@ -146,15 +147,15 @@ def plot_buckets(data: BucketTables, *, ax: Axes | None = None, value: str = "ra
             Line2D([], [], mfc="none", label="hollow: like positions", **hollow),
         ]
     ax.set_yscale("log")
-    _plain_log_labels(ax.yaxis)
-    _label_some(ax, ["all layers" if layer == POOLED else f"layer {layer}" for layer in layers], axis="x")
+    plain_log_labels(ax.yaxis)
+    label_some(ax, ["all layers" if layer == POOLED else f"layer {layer}" for layer in layers], axis="x")
     if POOLED in layers and len(layers) > 1:
         ax.axvline(0.5, color="#c9c9d2", linewidth=0.8)
     ax.set_ylabel(labels[value])
     share = format_share(means["confidence"].iloc[0])
     title = f"bucket (tokens),\n{share} intervals"
     ax.legend(handles=handles, title=title, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _set_title(ax, captions.bucket_caption(data).title)
+    set_title(ax, captions.bucket_caption(data).title)
     return figure, ax
 
 
@@ -164,7 +165,7 @@ def plot_perplexity(data: PerplexityTables, *, ax: Axes | None = None) -> Figure
     The band is the interval of the cumulative line with nothing frozen. Thin lines leave out windows with
     less than a quarter of the tokens of the fullest one.
     """
-    figure, ax = _axes(ax, width=9.5, height=4.8)
+    figure, ax = axes_of(ax, width=9.5, height=4.8)
     handles = []
     for index, name in enumerate(dict.fromkeys(data.curve["configuration"])):
         rows = data.curve[data.curve["configuration"] == name]
@@ -186,30 +187,37 @@ def plot_perplexity(data: PerplexityTables, *, ax: Axes | None = None) -> Figure
         Patch(color=CONFIGURATION_COLOURS[0], alpha=0.12, label=f"{share} interval ({UNFROZEN})"),
     ]
     ax.set_yscale("log")
-    _plain_log_labels(ax.yaxis)
+    plain_log_labels(ax.yaxis)
     ax.set_xlim(0, data.curve["position"].max())
     ax.set(xlabel="token index in the document (end of the window)", ylabel="perplexity")
     legend = ax.legend(handles=handles, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     for text in legend.get_texts():
         text.set_parse_math(False)
-    _set_title(ax, captions.perplexity_caption(data).title)
+    set_title(ax, captions.perplexity_caption(data).title)
     return figure, ax
 
 
-def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write the figure as PNG of 150 dots per inch, with its own background, replacing an older file in one step."""
+def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 150, colours: int | None = None) -> None:
+    """Write the figure as PNG with its own background, replacing an older file in one step.
+
+    `colours` (up to 256) limits them, which makes the file a third as large.
+    """
     with write_beside(path) as beside:
-        figure.savefig(beside, dpi=150, format="png", facecolor=figure.get_facecolor())
+        figure.savefig(beside, dpi=dpi, format="png", facecolor=figure.get_facecolor())
+        if colours is not None:
+            with Image.open(beside) as image:
+                image.convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(beside, "png", optimize=True)
 
 
-def _axes(ax: Axes | None, *, width: float, height: float) -> FigureAxes:
+def axes_of(ax: Axes | None, *, width: float, height: float) -> FigureAxes:
+    """Give axes and their figure, made in inches unless there are axes."""
     if ax is not None:
         return ax.figure, ax
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
-def _set_title(ax: Axes, text: str) -> None:
+def set_title(ax: Axes, text: str) -> None:
     """The title over the axes, wrapped to their width; `$` and `_` stay what they are."""
     share = ax.get_position(original=True).width
     inches = ax.figure.bbox.width / ax.figure.dpi * (0.88 if share > 0.5 else share)
@@ -254,7 +262,7 @@ def _error_bars(table: pd.DataFrame, name: str) -> np.ndarray:
     return np.stack([table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]]).clip(min=0)
 
 
-def _label_some(ax: Axes, labels: Sequence[str], *, axis: str) -> None:
+def label_some(ax: Axes, labels: Sequence[str], *, axis: str) -> None:
     """At most `MAX_LABELS` evenly spaced tick labels, as plain text."""
     step = -(-len(labels) // MAX_LABELS)
     shown = labels[::step]
@@ -265,7 +273,7 @@ def _label_some(ax: Axes, labels: Sequence[str], *, axis: str) -> None:
         ax.set_xticks(ticks, shown, parse_math=False, rotation=45 if len(shown) > 8 else 0)
 
 
-def _plain_log_labels(axis: Axis) -> None:
+def plain_log_labels(axis: Axis) -> None:
     """Decimal labels on a log axis, about as many whether it spans a few percent or many decades."""
     low, high = axis.get_view_interval()
     decades = np.log10(high / low)

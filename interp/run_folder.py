@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -34,6 +34,17 @@ SCALAR_COLUMNS = {
     "is_answer": pa.bool_(),
     "loss": pa.float32(),
 }
+# Columns that a run may have besides: greedy has an entry per reading (nothing frozen, then each freezing), the others
+# one per layer.
+GREEDY = "greedy"
+STAT_COLUMNS = (
+    "inner_lr",
+    "inner_grad_norm",
+    "inner_loss_init",
+    "inner_loss_before",
+    "inner_loss_after",
+    "state_drift",
+)
 _SHARD = re.compile(r"tokens-(\d{5})-of-(\d{5})\.parquet")
 
 
@@ -42,7 +53,9 @@ class Run:
     """A finished run, its N tokens ordered by document and position.
 
     `meta` is run.json, `tokens` the scalar columns, `plasticity` float32 [N, L] with the heads combined,
-    `loss_frozen` float32 [N, F] in nats, `freezing` the F configurations it belongs to.
+    `loss_frozen` float32 [N, F] in nats, `freezing` the F configurations it belongs to. `extras` may hold "greedy"
+    float32 [N, 1 + F] (1 where the model finds the token most likely; nothing frozen, then each configuration) and
+    the diagnostics `STAT_COLUMNS`, float32 [N, L].
     """
 
     path: Path
@@ -51,6 +64,7 @@ class Run:
     plasticity: np.ndarray
     loss_frozen: np.ndarray
     freezing: list[dict[str, Any]]
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def ttt_layers(self) -> list[int]:
@@ -72,11 +86,16 @@ def shard_name(rank: int, world_size: int) -> str:
     return f"tokens-{rank:05d}-of-{world_size:05d}.parquet"
 
 
-def token_table(columns: Mapping[str, Any], plasticity: np.ndarray, loss_frozen: np.ndarray | None = None) -> pa.Table:
+def token_table(
+    columns: Mapping[str, Any],
+    plasticity: np.ndarray,
+    loss_frozen: np.ndarray | None = None,
+    extras: Mapping[str, np.ndarray] | None = None,
+) -> pa.Table:
     """Give tokens as an arrow table with the columns and types of the run schema.
 
     `columns` holds every scalar column as a sequence of N; `plasticity` is [N, L]; `loss_frozen` is [N, F],
-    or None for F = 0. ValueError when a column is missing, unknown or of another length.
+    or None for F = 0; `extras` as in `Run`. ValueError when a column is missing, unknown or of another length.
     """
     if set(columns) != set(SCALAR_COLUMNS):
         missing, unknown = set(SCALAR_COLUMNS) - set(columns), set(columns) - set(SCALAR_COLUMNS)
@@ -90,6 +109,12 @@ def token_table(columns: Mapping[str, Any], plasticity: np.ndarray, loss_frozen:
     if loss_frozen is not None and loss_frozen.shape[1] > 0:
         arrays["loss_frozen"] = _to_lists("loss_frozen", loss_frozen)
         lengths["loss_frozen"] = len(loss_frozen)
+    unknown = set(extras or {}) - {GREEDY, *STAT_COLUMNS}
+    if unknown:
+        raise ValueError(f"extras must be among {[GREEDY, *STAT_COLUMNS]}, got {sorted(unknown)}")
+    for name, values in (extras or {}).items():
+        arrays[name] = _to_lists(name, values)
+        lengths[name] = len(values)
     if len(set(lengths.values())) > 1:
         raise ValueError(f"all columns must have the same length, got {lengths}")
     return pa.table(arrays)
@@ -239,10 +264,12 @@ def read_run(path: str | os.PathLike) -> Run:
     plasticity = _from_lists(table, "plasticity")
     freezing = list(meta["freezing"])
     loss_frozen = _from_lists(table, "loss_frozen") if freezing else np.zeros((len(tokens), 0), np.float32)
+    extras = {name: _from_lists(table, name) for name in (GREEDY, *STAT_COLUMNS) if name in table.column_names}
     order = np.lexsort((tokens["position"].to_numpy(), tokens["document"].to_numpy()))
     tokens = tokens.iloc[order].reset_index(drop=True)
     _check_documents(path, meta, tokens)
-    return Run(path, meta, tokens, plasticity[order], loss_frozen[order], freezing)
+    extras = {name: values[order] for name, values in extras.items()}
+    return Run(path, meta, tokens, plasticity[order], loss_frozen[order], freezing, extras)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -272,6 +299,8 @@ def _read_shard(file: Path, meta: dict[str, Any]) -> pa.Table:
     table = read_parquet(file)
     _check_columns(table, str(file))
     widths = {"plasticity": len(meta["model"]["ttt_layers"]), "loss_frozen": len(meta["freezing"])}
+    optional = {GREEDY: 1 + len(meta["freezing"]), **dict.fromkeys(STAT_COLUMNS, len(meta["model"]["ttt_layers"]))}
+    widths |= {name: width for name, width in optional.items() if name in table.column_names}
     for name, width in widths.items():
         got = table.schema.field(name).type.list_size if name in table.column_names else 0
         if got != width:
@@ -288,7 +317,7 @@ def _check_columns(table: pa.Table, where: str) -> None:
     for name, dtype in SCALAR_COLUMNS.items():
         if table.schema.field(name).type != dtype:
             raise ValueError(f"{where}: column {name!r} must be {dtype}, got {table.schema.field(name).type}")
-    for name in {"plasticity", "loss_frozen"} & set(table.column_names):
+    for name in {"plasticity", "loss_frozen", GREEDY, *STAT_COLUMNS} & set(table.column_names):
         dtype = table.schema.field(name).type
         if not pa.types.is_fixed_size_list(dtype) or dtype.value_type != pa.float32():
             raise ValueError(f"{where}: column {name!r} must be fixed_size_list<float32>, got {dtype}")

@@ -102,6 +102,12 @@ def _frozen_heads(value: Any) -> bool:
     return isinstance(value, dict) and all(key.isdecimal() and _indices(heads) for key, heads in value.items())
 
 
+def _frozen_from(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(key.isdecimal() and _index(index) for key, index in value.items())
+    return value is None or _index(value)
+
+
 def _texts(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_text, value.values()))
 
@@ -140,7 +146,7 @@ _PARTS: dict[str, dict[str, Rule]] = {
         "ttt_layers": (lambda value: _indices(value) and value != [], "a non-empty list of different layer indices"),
         "frozen_layers": _LAYERS,
         "frozen_heads": (_frozen_heads, "an object {layer: [heads]}"),
-        "frozen_from": (lambda value: value is None or _index(value), "a whole number from 0 or null"),
+        "frozen_from": (_frozen_from, "a whole number from 0, an object {layer: number} or null"),
         "num_heads": _POSITIVE,
         "mini_batch_size": _POSITIVE,
         "dtype": _TEXT,

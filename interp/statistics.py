@@ -43,6 +43,7 @@ __all__ = [
     "block_bootstrap_ci",
     "bucket_contrast",
     "bucket_stats",
+    "check_pairs",
     "freezing_effects",
     "perplexity_by_index",
     "position_strata",
@@ -113,7 +114,7 @@ def bucket_contrast(
     and confidence.
     """
     plasticity, layers, buckets, documents = check_arrays(plasticity, layers, buckets=buckets, documents=documents)
-    pairs = _check_pairs(pairs)
+    pairs = check_pairs(pairs)
     a, b = (np.array([pair[side] for pair in pairs], dtype=np.int64) for side in (0, 1))
     blocks = make_blocks(documents, boot)
     draw = Resampler(blocks, boot)
@@ -165,7 +166,7 @@ def adjusted_contrast(
     plasticity, layers, buckets, documents, positions = check_arrays(
         plasticity, layers, buckets=buckets, documents=documents, positions=positions
     )
-    pairs = _check_pairs(pairs)
+    pairs = check_pairs(pairs)
     strata = np.unique(position_strata(positions, mini_batch_size), return_inverse=True)[1]
     shape = (int(strata.max(initial=-1)) + 1, _BUCKETS)
     blocks = make_blocks(documents, boot)
@@ -187,6 +188,17 @@ def position_strata(positions: Any, mini_batch_size: int) -> np.ndarray:
     positions = np.asarray(positions).astype(np.int64)
     octave = np.floor(2 * np.log2(1 + positions // mini_batch_size)).astype(np.int64)
     return octave * mini_batch_size + positions % mini_batch_size
+
+
+def check_pairs(pairs: Pairs | None) -> list[tuple[int, int]]:
+    """Give pairs of different buckets as integers, all six for None; ValueError for anything else."""
+    if pairs is None:
+        return [(int(b), int(a)) for a, b in combinations(Bucket, 2)]
+    allowed = set(map(int, Bucket))
+    for pair in pairs:
+        if len(pair) != 2 or not set(pair) <= allowed or pair[0] == pair[1]:
+            raise ValueError(f"pairs must hold two different buckets (0 to {_BUCKETS - 1}) each, got {pair!r}")
+    return [(int(a), int(b)) for a, b in pairs]
 
 
 def _adjusted_pair(
@@ -224,16 +236,6 @@ def _within_strata(logs: np.ndarray, counts: np.ndarray, a: int, b: int) -> np.n
     # n_a n_b / (n_a + n_b) times the difference of the means; 0 where one of the two is missing.
     gap = ((n_b * logs[..., a] - n_a * logs[..., b]) / both).sum(axis=-1)
     return divide(gap, (n_a * n_b / both).sum(axis=-1))
-
-
-def _check_pairs(pairs: Pairs | None) -> list[tuple[int, int]]:
-    if pairs is None:
-        return [(int(b), int(a)) for a, b in combinations(Bucket, 2)]
-    allowed = set(map(int, Bucket))
-    for pair in pairs:
-        if len(pair) != 2 or not set(pair) <= allowed or pair[0] == pair[1]:
-            raise ValueError(f"pairs must hold two different buckets (0 to {_BUCKETS - 1}) each, got {pair!r}")
-    return [(int(a), int(b)) for a, b in pairs]
 
 
 def _median(values: np.ndarray) -> float:

@@ -118,12 +118,19 @@ def layer_lr_mults(config: TTTConfig, lr_mult: Tensor | None, grid: TokenGrid) -
     if lr_mult is not None:
         lr_mult = expand_lr_mult(lr_mult, (grid.batch, layers, heads, grid.length))
         mults = [lr_mult[:, min(i, lr_mult.shape[1] - 1)] for i in range(layers)]
-    early = None
-    if config.frozen_from is not None:
-        early = (grid.token_index < config.frozen_from)[:, None].float()  # [B, 1, T]
+    begins = (
+        config.frozen_from
+        if isinstance(config.frozen_from, dict)
+        else dict.fromkeys(range(layers), config.frozen_from)
+    )
+    early = {
+        begin: (grid.token_index < begin)[:, None].float()  # [B, 1, T]
+        for begin in set(begins.values())
+        if begin is not None
+    }
     frozen_layers, frozen_heads = config.frozen_layers or [], config.frozen_heads or {}
     for i in range(layers):
-        factors = [f for f in (mults[i], early) if f is not None]
+        factors = [f for f in (mults[i], early.get(begins.get(i))) if f is not None]
         if i in frozen_layers or i in frozen_heads:
             keep = torch.ones(1, heads, 1, device=grid.device)
             keep[:, list(range(heads)) if i in frozen_layers else frozen_heads[i]] = 0

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -84,7 +85,8 @@ class TTTConfig(PreTrainedConfig):
         output_ttt_stats: Whether a forward pass returns the diagnostics of the inner loop.
         frozen_layers: Indices of layers that read W_0 and never write.
         frozen_heads: Heads that never write, `{layer: [heads]}`.
-        frozen_from: Index of the real token of a row from which on no layer writes; None means never.
+        frozen_from: Index of the real token of a row from which on no layer writes, or `{layer: index}` for some
+            layers; None means never.
     """
 
     model_type = "ttt"
@@ -125,7 +127,7 @@ class TTTConfig(PreTrainedConfig):
     output_ttt_stats: bool = False
     frozen_layers: list[int] | None = None
     frozen_heads: dict | None = None
-    frozen_from: int | None = None
+    frozen_from: int | dict | None = None
 
     def __post_init__(self, **kwargs):
         for key in _RETIRED_KEYS:
@@ -135,7 +137,9 @@ class TTTConfig(PreTrainedConfig):
             known = sorted(f for f in self.__dataclass_fields__ if f.startswith(("ttt_", "frozen_")))
             raise ValueError(f"unknown configuration keys {unknown}; the inner loop knows {known}")
         if self.frozen_heads is not None:
-            self.frozen_heads = _integer_keys(self.frozen_heads)
+            self.frozen_heads = _integer_keys("frozen_heads", self.frozen_heads, list, "{layer: [heads]}")
+        if isinstance(self.frozen_from, dict):
+            self.frozen_from = _integer_keys("frozen_from", self.frozen_from, lambda index: index, "{layer: index}")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -238,17 +242,21 @@ class TTTConfig(PreTrainedConfig):
             bad = [head for head in frozen if not _is_index(head, heads)]
             if bad:
                 raise ValueError(f"the heads of frozen_heads must lie in 0..{heads - 1}, got {bad}")
-        if self.frozen_from is not None and not (isinstance(self.frozen_from, int) and self.frozen_from >= 0):
-            raise ValueError(f"frozen_from must not be negative, got {self.frozen_from!r}")
+        begins = self.frozen_from if isinstance(self.frozen_from, dict) else {0: self.frozen_from or 0}
+        for layer, index in begins.items():
+            if not _is_index(layer, layers):
+                raise ValueError(f"the layers of frozen_from must be integers in 0..{layers - 1}, got {layer!r}")
+            if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+                raise ValueError(f"frozen_from must not be negative, got {self.frozen_from!r}")
 
 
 def _is_index(value: Any, size: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
 
 
-def _integer_keys(frozen_heads: dict) -> dict[int, list[int]]:
+def _integer_keys(name: str, entries: dict, value: Callable[[Any], Any], form: str) -> dict[int, Any]:
     """JSON has no integer keys."""
     try:
-        return {int(layer): list(heads) for layer, heads in frozen_heads.items()}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"frozen_heads must be {{layer: [heads]}}, got {frozen_heads!r}") from error
+        return {int(layer): value(entry) for layer, entry in entries.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be {form}, got {entries!r}") from error

@@ -26,7 +26,7 @@ import hashlib
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from _shared import option, parse, prepare, repeated, run, run_folder
 from accelerate import PartialState
@@ -78,6 +78,7 @@ class InferenceArguments:
     stop_words: str = option("en", "bundled stop list, or a file with a word per line, # for comments")
     numbers: Literal["content", "other"] = option("content", "whether numbers are content words or OTHER")
     min_lag: int = option(0, "tokens back from which on an earlier occurrence counts as seen")
+    stats: bool = option(False, "also keep inner learning rates, inner losses and drift of every token and layer")
 
     exp_dir: str = option("results", "folder of all results")
     exp_name: str | None = option(None, "name of this run's folder (default: model and dataset_type)")
@@ -102,9 +103,37 @@ CORPUS_NAMES = {
 }
 
 
+class OpenRun(NamedTuple):
+    """What a run begins with; `options` are the arguments of `interp.collect.collect` that follow from the options."""
+
+    model: Any
+    tokenizer: Any
+    corpus: dict[str, Any]
+    folder: Path
+    state: PartialState
+    options: dict[str, Any]
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(InferenceArguments, argv)
     check_arguments(arguments)
+    opened = open_run(arguments)
+    layers = ttt_layers(opened.model.config)
+    collect(
+        opened.model,
+        opened.tokenizer,
+        load_corpus(tokenizer=opened.tokenizer, **opened.corpus),
+        opened.folder,
+        freezing=[parse_freezing(text, layers) for text in arguments.freeze],
+        **opened.options,
+    )
+    if opened.state.is_main_process:
+        summarise(opened.folder, arguments.dataset_type, arguments.max_steps * arguments.batch_size)
+    return 0
+
+
+def open_run(arguments: InferenceArguments) -> OpenRun:
+    """Load model and tokenizer, and say where the run goes and how the documents are read."""
     if arguments.quick_test:
         arguments.seq_length = min(arguments.seq_length, 256)
         arguments.max_steps, arguments.batch_size = min(arguments.max_steps, 2), 1
@@ -127,31 +156,24 @@ def main(argv: list[str] | None = None) -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
     corpus = corpus_options(arguments)
-    layers = ttt_layers(model.config)
-    collect(
-        model,
-        tokenizer,
-        load_corpus(tokenizer=tokenizer, **corpus),
-        folder,
-        batch_size=arguments.batch_size,
-        segment_length=arguments.segment_length,
-        freezing=[parse_freezing(text, layers) for text in arguments.freeze],
-        stop_words=_stop_words(arguments.stop_words),
-        numbers=arguments.numbers,
-        min_lag=arguments.min_lag,
-        arguments=asdict(arguments),
-        corpus=describe_corpus(corpus),
-        seed=arguments.seed,
-        rank=state.process_index,
-        world_size=state.num_processes,
-        barrier=state.wait_for_everyone,
-        overwrite=arguments.overwrite,
-        resume=arguments.resume,
-        progress=state.is_main_process,
-    )
-    if state.is_main_process:
-        summarise(folder, arguments.dataset_type, arguments.max_steps * arguments.batch_size)
-    return 0
+    options = {
+        "batch_size": arguments.batch_size,
+        "segment_length": arguments.segment_length,
+        "stop_words": _stop_words(arguments.stop_words),
+        "numbers": arguments.numbers,
+        "min_lag": arguments.min_lag,
+        "stats": arguments.stats,
+        "arguments": asdict(arguments),
+        "corpus": describe_corpus(corpus),
+        "seed": arguments.seed,
+        "rank": state.process_index,
+        "world_size": state.num_processes,
+        "barrier": state.wait_for_everyone,
+        "overwrite": arguments.overwrite,
+        "resume": arguments.resume,
+        "progress": state.is_main_process,
+    }
+    return OpenRun(model, tokenizer, corpus, folder, state, options)
 
 
 def check_arguments(arguments: InferenceArguments) -> None:

@@ -53,6 +53,22 @@ def token_sizes(ids, tokenizer) -> list[int]:
     return sizes
 
 
+def written_text(ids, tokenizer) -> tuple[str, list[int]]:
+    """The text that tokens of a lossy tokenizer write, and bytes per token; an unknown token writes a line feed."""
+    pieces = []
+    for i in ids:
+        token = tokenizer.id_to_token(i)
+        if token in ("[UNK]", "<unk>"):
+            pieces.append("\n")
+        elif token.endswith("</w>"):
+            pieces.append(token[:-4] + " ")
+        elif tokenizer.model.__class__.__name__ == "BPE":
+            pieces.append(token)
+        else:
+            pieces.append(token[2:] if token.startswith("##") else " " + token)
+    return "".join(pieces), [len(piece.encode()) for piece in pieces]
+
+
 def shape(character: str) -> str:
     """U: letter of a script without spaces, L: other letter or mark, M: mark, N: digit, else a dot."""
     category = unicodedata.category(character)[0]
@@ -148,6 +164,19 @@ def test_labels_equal_those_found_byte_by_byte(tokenizer, options):
         assert len(np.unique(result.word_id[result.word_id >= 0])) == len({o for o in owner if o >= 0})
         seen |= set(labels)
     assert seen == set(Bucket)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "suffix"])
+def test_labels_of_lossy_tokenizers_equal_those_found_byte_by_byte(kind):
+    tokenizer = getattr(tiny_tokenizers, kind)()
+    generator = random.Random(5)
+    for _ in range(30):
+        ids = tokenizer.encode(random_text(generator, 40), add_special_tokens=False).ids
+        text, sizes = written_text(ids, tokenizer)
+        labels, owner = naive_labels(text, sizes)
+        result = bucket_tokens(ids, tokenizer)
+        assert result.labels.tolist() == labels
+        assert (result.word_id >= 0).tolist() == [o >= 0 for o in owner]
 
 
 def test_types_and_meta(tokenizer):

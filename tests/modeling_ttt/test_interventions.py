@@ -62,6 +62,18 @@ def test_config_freezing_equals_the_multiplier(model):
 
 
 @torch.no_grad()
+def test_one_layer_alone_can_be_frozen_from_a_token_on(model):
+    ids = tokens(2, 21)
+    mult = torch.ones(1, 2, 1, 21)
+    mult[:, 1, :, 13:] = 0
+    model.config.frozen_from = {1: 13}
+    assert torch.equal(model(ids).logits, model(ids, ttt_lr_mult=torch.ones(1)).logits)
+    frozen = model(ids).logits
+    model.config.frozen_from = None
+    assert torch.equal(frozen, model(ids, ttt_lr_mult=mult).logits)
+
+
+@torch.no_grad()
 def test_frozen_from_counts_real_tokens_over_calls_and_padding(model):
     ids = tokens(1, 20)
     model.config.frozen_from = 9
@@ -109,6 +121,9 @@ def test_frozen_options_survive_saving_and_saving_them_warns(tmp_path, caplog):
     loaded = TTTForCausalLM.from_pretrained(tmp_path).config
     assert (loaded.frozen_layers, loaded.frozen_heads, loaded.frozen_from) == ([1], {0: [1]}, 7)
     caplog.clear()
+    tiny(frozen_from={0: 7}).save_pretrained(tmp_path)
+    assert TTTForCausalLM.from_pretrained(tmp_path).config.frozen_from == {0: 7}
+    caplog.clear()
     tiny().save_pretrained(tmp_path)
     assert "freezes" not in caplog.text
 
@@ -121,6 +136,8 @@ def test_frozen_options_survive_saving_and_saving_them_warns(tmp_path, caplog):
         {"frozen_heads": {"0": [0]}},
         {"frozen_heads": {5: [0]}},
         {"frozen_from": -5},
+        {"frozen_from": {7: 3}},
+        {"frozen_from": {0: -3}},
     ],
     ids=str,
 )

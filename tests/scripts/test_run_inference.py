@@ -119,6 +119,7 @@ REACHES = {
     "stop_words": (["--stop_words", "words.txt"], ("collect", "stop_words", Path("words.txt"))),
     "numbers": (["--numbers", "other"], ("collect", "numbers", "other")),
     "min_lag": (["--min_lag", "4"], ("collect", "min_lag", 4)),
+    "stats": (["--stats"], ("collect", "stats", True)),
     "exp_dir": (["--exp_dir", "d"], ("collect", 3, Path("d/x-pydoc")), ("summarise", 0, Path("d/x-pydoc"))),
     "exp_name": (["--exp_name", "n"], ("collect", 3, Path("results/n"))),
     "overwrite": (["--overwrite"], ("collect", "overwrite", True)),
