@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from interp.captum_targets import LogitTarget, as_rows, choose_writes
 from interp.freezing import ttt_layers
+from interp.taps import PIECE_TOKENS, kept_cache
 from interp.write_gates import Spans, WriteGateModel, checked_spans
 from interp.write_subtraction import subtracted_writes
 
 __all__ = ["EraseCurve", "KnockoutResult", "erase_curve", "freeze_effects", "learn_without", "write_knockout"]
 
-PIECE_TOKENS = 2048
 MODES = ("recompute", "subtract")
 KINDS = ("deletion", "insertion")
 
@@ -90,9 +90,8 @@ def write_knockout(
     ids, columns, length = _real_tokens(input_ids, attention_mask)
     checked = checked_spans(spans, length)
     places = choose_writes(model.config, layers, heads)
-    at = None if target is None else int(torch.searchsorted(columns, target.columns(1, length))[0])
-    if at is not None and (at == len(columns) or columns[at] != target.columns(1, length)[0]):
-        raise ValueError(f"position {target.position} is a padded column")
+    asked = None if target is None else target.of(*as_rows(input_ids, attention_mask))
+    at = None if asked is None else int(torch.searchsorted(columns, asked)[0])
     # In places among the real tokens from here on; a span of padding alone becomes empty.
     real = [tuple(torch.searchsorted(columns, torch.tensor(span)).tolist()) for span in checked]
     run = _Run(model, ids, target, at)
@@ -148,7 +147,7 @@ class _Run:
             out = self.model(
                 input_ids=self.ids[:, piece], past_key_values=self.cache, use_cache=True, logits_to_keep=1
             )
-            self.cache, self.column = out.past_key_values, piece.stop
+            self.cache, self.column = kept_cache(out), piece.stop
         gates = multiplier(self.model.config, self.ids.shape[1], spans, layers, heads)
         return self.values(len(spans), gates, border)
 
@@ -182,7 +181,8 @@ class _Run:
                 output_plasticity=False,
                 **self._kept(ids),
             )
-            cache = out.past_key_values
+            if piece.stop < self.length:
+                cache = kept_cache(out)
             if self.target is None:
                 told = self.ids[:, piece.start + 1 : piece.stop + 1]
                 values[:, piece.start + 1 : piece.start + 1 + told.shape[1]] = _surprisal(
@@ -247,7 +247,7 @@ def learn_without(
         output_plasticity=False,
         logits_to_keep=1,
     )
-    return out.past_key_values
+    return kept_cache(out)
 
 
 @dataclass(frozen=True)

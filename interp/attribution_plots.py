@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from interp.ablation import EraseCurve
 from interp.attribution_data import AttributedText, LagHistogram
@@ -43,6 +44,7 @@ __all__ = [
 RAISES, LOWERS = "#0072b2", "#d55e00"
 MAX_CELLS = 1000
 NAMED_WRITES = 8
+CHARACTER_POINTS, LINE_POINTS = 4.6, 11.0  # about what a character and a line of a label take
 MODE_LABELS = {
     "relative": "share of what the read learnt",
     "signed": "contribution along the direction",
@@ -54,12 +56,15 @@ MODE_LABELS = {
 def plot_write_map(
     data: PooledWriteMap, *, ax: Axes | None = None, row: int = 0, head: int | None = None
 ) -> FigureAxes:
-    """Draw groups of writes (columns) by reads (rows), of one head or the mean over heads.
+    """Draw groups of writes (columns) by reads (rows), of one head (its index in the layer) or the mean over heads.
 
     Reads that are not pooled are binned to at most 1,000 rows by their mean. Pools show the mean per read.
     """
     values = data.mean[row].double().numpy()
-    values = values.mean(0) if head is None else values[head]  # [R, G]
+    heads = data.heads or tuple(range(len(values)))
+    if head is not None and head not in heads:
+        raise ValueError(f"head must be one of {list(heads)}, got {head}")
+    values = values.mean(0) if head is None else values[heads.index(head)]  # [R, G]
     reads = len(values)
     if data.read_names is None:
         values = _binned(values, MAX_CELLS)
@@ -107,29 +112,11 @@ def plot_top_writes(data: AttributedText, *, ax: Axes | None = None) -> FigureAx
     for column in data.marked:
         ax.axvline(column + 0.5, color="#c9c9d2", linewidth=1.0, zorder=0)
     reach = np.abs(values).max(initial=0.0) or 1.0
-    named: dict[bool, list[int]] = {True: [], False: []}
-    for _, entry in data.top(NAMED_WRITES).iterrows():
-        if not entry["contribution"]:
-            continue
-        up = bool(entry["contribution"] > 0)
-        # Labels of neighbours stand above each other.
-        level = sum(abs(entry["column"] - other) < 0.12 * len(values) for other in named[up])
-        named[up].append(entry["column"])
-        ax.annotate(
-            f"{token_label(entry['token'])} ({int(entry['column'])})",
-            (entry["column"] + 0.5, entry["contribution"]),
-            xytext=(6 if entry["column"] < 0.8 * len(values) else -6, (8 + 11 * level) * (1 if up else -1)),
-            textcoords="offset points",
-            ha="left" if entry["column"] < 0.8 * len(values) else "right",
-            va="bottom" if up else "top",
-            fontsize="x-small",
-            parse_math=False,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#8a8a8a"},
-        )
     ax.axhline(0.0, color="#5c5c66", linewidth=0.8)
     ax.set_xlim(0, len(values))
     ax.set_ylim(-1.45 * max(-values.min(initial=0.0), 0.25 * reach), 1.45 * max(values.max(initial=0.0), 0.12 * reach))
     ax.set(xlabel="token that was written", ylabel="contribution (logits)")
+    _name_writes(ax, data)
     ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     set_title(ax, f"{token_label(data.question, 90)} = {format_number(data.value)} at token {data.position}")
     return figure, ax
@@ -162,9 +149,9 @@ def plot_spectra(
     data: StateTrace, *, ax: Axes | None = None, layer: int | None = None, row: int = 0, inner_map: int = 1
 ) -> FigureAxes:
     """Draw the singular values of what a layer (None: the first) learnt at every checkpoint, mean over heads."""
+    index, spectra = _layer_index(data, layer), _of_map(data.singular_values, inner_map)
     figure, ax = axes_of(ax, width=6.0, height=4.2)
-    index = _layer_index(data, layer)
-    values = data.singular_values[inner_map - 1][row, index].mean(0).double().numpy()  # [C, min(in, out)]
+    values = spectra[row, index].mean(0).double().numpy()  # [C, min(in, out)]
     colours = colormaps["viridis"](np.linspace(0, 0.92, len(values)))
     for tokens, colour, spectrum in zip(data.checkpoints, colours, values, strict=True):
         shown = np.where(spectrum > 0, spectrum, np.nan)
@@ -186,7 +173,7 @@ def plot_ranks(data: StateTrace, *, ax: Axes | None = None, row: int = 0, inner_
     figure, ax = axes_of(ax, width=6.5, height=4.0)
     for ranks, style, name in ((data.effective_rank, "-", "effective"), (data.stable_rank, "--", "stable")):
         for i, layer in enumerate(data.layers):
-            values = ranks[inner_map - 1][row, i].mean(0).numpy()
+            values = _of_map(ranks, inner_map)[row, i].mean(0).numpy()
             colour = CONFIGURATION_COLOURS[i % len(CONFIGURATION_COLOURS)]
             ax.plot(data.checkpoints, values, style, color=colour, label=f"layer {layer}, {name}")
     _layer_legend(ax, "rank of W - W_0")
@@ -219,6 +206,36 @@ def plot_lags(data: LagHistogram, *, ax: Axes | None = None) -> FigureAxes:
     return figure, ax
 
 
+def _name_writes(ax: Axes, data: AttributedText) -> None:
+    """Label the largest writes, away from the axis; a label that would meet one before it moves further out."""
+    taken: list[tuple[float, float, float]] = []  # left, right and middle of the labels so far, in points
+    for _, entry in data.top(NAMED_WRITES).iterrows():
+        column, value = int(entry["column"]), float(entry["contribution"])
+        if not value:
+            continue
+        label, up = f"{token_label(entry['token'])} ({column})", 1 if value > 0 else -1
+        right, width = column < 0.8 * len(data.tokens), CHARACTER_POINTS * len(label)
+        x, y = ax.transData.transform((column + 0.5, value)) * 72 / ax.figure.dpi
+        left, shift = (x + 6 if right else x - 6 - width), 8
+        while any(
+            left < end and start < left + width and abs(y + up * (shift + LINE_POINTS / 2) - middle) < LINE_POINTS
+            for start, end, middle in taken
+        ):
+            shift += 2
+        taken.append((left, left + width, y + up * (shift + LINE_POINTS / 2)))
+        ax.annotate(
+            label,
+            (column + 0.5, value),
+            xytext=(6 if right else -6, up * shift),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            va="bottom" if up > 0 else "top",
+            fontsize="x-small",
+            parse_math=False,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#8a8a8a"},
+        )
+
+
 def token_label(text: str, longest: int = 18) -> str:
     """A token's text on one line, at most `longest` characters; what the font lacks is named by its code point."""
     shown = visible_token(text).replace("\n", "\u23ce").replace("\t", "\u21e5")
@@ -244,6 +261,12 @@ def _layer_index(data: StateTrace, layer: int | None) -> int:
     if layer not in data.layers:
         raise ValueError(f"layer must be one of {list(data.layers)}, got {layer}")
     return data.layers.index(layer)
+
+
+def _of_map(values: Sequence[Tensor], inner_map: int) -> Tensor:
+    if not 1 <= inner_map <= len(values):
+        raise ValueError(f"inner_map must be in [1, {len(values)}], got {inner_map}")
+    return values[inner_map - 1]
 
 
 def _layer_legend(ax: Axes, label: str) -> None:

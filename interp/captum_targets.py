@@ -4,8 +4,9 @@ They read input embeddings [N, T, C], so that any Captum method that perturbs or
 Rows beyond the B documents are further versions of them, as Captum makes them: row n belongs to document n % B.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from torch import Tensor, nn
 from interp.freezing import ttt_layers
 
 __all__ = ["LogitTarget", "LogitsFromEmbeddings", "LossFromEmbeddings", "PlasticityTarget", "as_rows"]
+
+
+def plain_numbers(name: str, value: Any) -> int | tuple[int, ...]:
+    """An integer, or a tuple of them, also from NumPy and PyTorch; TypeError for anything else."""
+    found = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        return tuple(map(index, found)) if isinstance(found, Iterable) else index(found)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or a sequence of them, got {value!r}") from None
 
 
 def as_rows(input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -36,12 +46,30 @@ class LogitTarget:
     """One number out of the logits at one position: a logit, a difference of two, or a logit minus a mean.
 
     `position` is the column whose next-token logits are read (negative: from the end), one for all documents or one
-    each; `target` a token id or one each; `contrast` None, a token id, or ids whose mean logit is taken off.
+    each; `target` a token id or one each; `contrast` None, a token id, or ids whose mean logit is taken off. Numbers
+    of NumPy and PyTorch do; they are kept as integers and tuples.
     """
 
     position: int | Sequence[int]
     target: int | Sequence[int]
     contrast: int | Sequence[int] | None = None
+
+    def __post_init__(self):
+        for name in ("position", "target", "contrast"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else plain_numbers(name, value))
+
+    def of(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The position of every document [B, T] as columns, int64 [B].
+
+        Raises:
+            ValueError: it lies outside the text or on padding, or there is not a token id for each document.
+        """
+        columns = self.columns(*input_ids.shape)
+        check_real(self.position, columns, attention_mask)
+        if not isinstance(self.target, int) and len(self.target) not in (1, len(input_ids)):
+            raise ValueError(f"target must be one token id or {len(input_ids)} of them, got {self.target}")
+        return columns
 
     def columns(self, batch: int, length: int) -> Tensor:
         """The position of every document as columns, int64 [B]."""
@@ -53,7 +81,9 @@ class LogitTarget:
         chosen = torch.tensor([self.target] if isinstance(self.target, int) else list(self.target))
         contrast = [self.contrast] if isinstance(self.contrast, int) else list(self.contrast or [])
         ids = [*chosen.tolist(), *contrast]
-        if any(not 0 <= i < vocabulary for i in ids) or (self.contrast is not None and not contrast):
+        if self.contrast is not None and not contrast:
+            raise ValueError("contrast must hold a token id or be None, got ()")
+        if any(not 0 <= i < vocabulary for i in ids):
             raise ValueError(f"target and contrast must be token ids in [0, {vocabulary}), got {ids}")
         if rows % len(chosen):
             raise ValueError(f"target must hold one token id or one per document, got {len(chosen)} for {rows} rows")
@@ -70,6 +100,21 @@ def per_document(name: str, value: int | Sequence[int], batch: int, length: int)
     if columns.shape != (batch,) or ((columns < -length) | (columns >= length)).any():
         raise ValueError(f"{name} must be one column in [-{length}, {length}) or {batch} of them, got {value}")
     return columns % length
+
+
+def check_real(position: Any, columns: Tensor, attention_mask: Tensor | None) -> None:
+    """ValueError when one of the columns [N], a row each, is masked; `position` is what the caller gave."""
+    if attention_mask is None:
+        return
+    masked = (attention_mask.cpu() == 0).gather(1, columns.cpu()[:, None])[:, 0]
+    if bool(masked.any()):
+        raise ValueError(f"position {position} is a padded column in row {int(masked.long().argmax())}")
+
+
+def check_multiplier(name: str, value: Tensor | None, length: int) -> None:
+    """ValueError for a multiplier whose last axis is neither 1 nor the T tokens of the text."""
+    if value is not None and value.dim() and value.shape[-1] not in (1, length):
+        raise ValueError(f"{name} must be broadcastable to [batch, layers, heads, {length}], got {list(value.shape)}")
 
 
 class _FromEmbeddings(nn.Module):
@@ -136,6 +181,7 @@ class LogitsFromEmbeddings(_FromEmbeddings):
         documents = rows if isinstance(self.target.position, int) else len(self.target.position)
         columns = self.target.columns(documents, length)
         columns = repeat_rows("position", columns[:, None], rows).to(embeddings.device)
+        check_real(self.target.position, columns[:, 0], repeat_rows("attention_mask", self.attention_mask, rows))
         outputs = self.run(embeddings, logits_to_keep=columns, output_plasticity=False)
         return self.target.read(outputs.logits[:, 0])
 
@@ -197,7 +243,7 @@ class PlasticityTarget(_FromEmbeddings):
         ttt_lr_mult: Tensor | None = None,
     ):
         super().__init__(model, attention_mask, ttt_lr_mult)
-        self.position = position
+        self.position = plain_numbers("position", position)
         self.layers, self.heads = choose_writes(model.config, layers, heads)
 
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -206,6 +252,7 @@ class PlasticityTarget(_FromEmbeddings):
         documents = rows if isinstance(self.position, int) else len(self.position)
         columns = per_document("position", self.position, documents, length)
         columns = repeat_rows("position", columns[:, None], rows)[:, 0].to(embeddings.device)
+        check_real(self.position, columns, repeat_rows("attention_mask", self.attention_mask, rows))
         plasticity = self.run(embeddings, output_plasticity=True).plasticity
         row = torch.arange(rows, device=columns.device)
         found = [plasticity[i].to(columns.device)[row, :, columns][:, self.heads] for i in self.layers]

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from interp.captum_targets import LogitTarget, as_rows
+from interp.captum_targets import LogitTarget, as_rows, check_multiplier
 from interp.inner_reads import RowReads, check_convention, write_inputs
 from interp.position_frame import Frame
 from interp.records import NORM_EPS, LayerWrites, collect_writes
 from interp.taps import PIECE_TOKENS
+from interp.write_places import document_starts
 
 __all__ = ["WriteAttribution", "direct_logit_attribution"]
 
@@ -35,7 +36,7 @@ class WriteAttribution:
             norms), "curvature" (of `gelu_rule="gradient"`), "mlp" (feed-forward layer); "layer" are TTT layers that
             were not chosen, as wholes; "head" is a bias of the unembedding.
         value: the target as the model gives it, [B].
-        layers: absolute indices of the chosen TTT layers.
+        layers: absolute indices of the chosen TTT layers, rising.
         positions: columns of the target, [B].
         convention: how the writes of TTT-MLP share (`gelu_rule`, `interaction`); None for TTT-Linear.
     """
@@ -99,30 +100,29 @@ def direct_logit_attribution(
     """Split a logit, a difference of logits or a logit minus a mean over all writes up to its position.
 
     For texts [T] or [B, T] read from an empty state, in calls of about `piece_tokens` tokens; columns behind the last
-    position are not read. `layers` (absolute indices, None: all) are those whose writes are told apart. Conventions
-    matter for TTT-MLP alone, see `interp.inner_reads`. A raw logit has a common part that no probability sees: a
-    target with a contrast does without. The result lies on the CPU, in the dtype of the inner loop.
+    position are not read. `layers` (absolute indices in any order, None: all) are those whose writes are told apart.
+    Conventions matter for TTT-MLP alone, see `interp.inner_reads`. A raw logit has a common part that no probability
+    sees: a target with a contrast does without. The result lies on the CPU, in the dtype of the inner loop.
 
     Raises:
         ValueError: an argument does not fit.
     """
     check_convention(gelu_rule, interaction)
     ids, mask = as_rows(input_ids, attention_mask)
-    batch, length = ids.shape
-    positions = target.columns(batch, length)
-    if mask is not None and not bool((mask.cpu() != 0).gather(1, positions[:, None]).all()):
-        raise ValueError(f"position {target.position} is a padded column")
+    length = ids.shape[1]
+    positions = target.of(ids, mask)
+    check_multiplier("ttt_lr_mult", ttt_lr_mult, length)
     used = int(positions.max()) + 1
     frame = Frame(model, positions, ids.device)
-    if ttt_lr_mult is not None and ttt_lr_mult.dim() and ttt_lr_mult.shape[-1] == length:
+    if ttt_lr_mult is not None and ttt_lr_mult.dim():
         ttt_lr_mult = ttt_lr_mult[..., :used]
-    border = reset_at[:, :used] if isinstance(reset_at, Tensor) and reset_at.dtype == torch.bool else reset_at
+    border = document_starts(reset_at, ids)
     collected = collect_writes(
         model,
         ids[:, :used],
         None if mask is None else mask[:, :used],
         ttt_lr_mult,
-        border,
+        None if border is None else border[:, :used],
         layers,
         None,
         "cpu",
@@ -133,7 +133,7 @@ def direct_logit_attribution(
         progress=progress,
     )
     direction, value, offset = frame.unembedding(target)
-    chosen = {record.layer: record for record, _ in collected}
+    chosen = {record.layer: record for record, _ in sorted(collected, key=lambda pair: pair[0].layer)}
     remainders: dict[str, list[Tensor]] = {}
     writes = []
     for i in range(len(frame.blocks)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from interp.inner_reads import MiniBatch, check_convention, gelu, mini_batches, slope
 from interp.records import LayerWrites, WriteRecords
-from interp.write_maps import relative_direction
+from interp.write_maps import expanded_direction, relative_direction
 
 __all__ = ["MAP_MODES", "PooledWriteMap", "block_groups", "pooled_write_map", "span_groups"]
 
@@ -27,7 +27,8 @@ class PooledWriteMap:
     """What G groups of writes give to reads.
 
     `values` is [B, H, T, G], or [B, H, R, G] when the reads were pooled as well (`reads` [B, H, R] is then how many
-    each pool holds). `names` are those of the G groups, `read_names` of the R pools.
+    each pool holds). `names` are those of the G groups, `read_names` of the R pools, `heads` which heads of the layer
+    the H are (None: all).
     """
 
     layer: int
@@ -36,6 +37,7 @@ class PooledWriteMap:
     names: tuple[str, ...]
     read_names: tuple[str, ...] | None = None
     reads: Tensor | None = None
+    heads: tuple[int, ...] | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -46,7 +48,8 @@ class PooledWriteMap:
         """A row per head, read (or pool) and group of one document: `head`, `read`, `write`, `value`."""
         head, read, write = (i.ravel() for i in np.indices(self.values.shape[1:]))
         reads = read if self.read_names is None else np.asarray(self.read_names, dtype=object)[read]
-        table = {"head": head, "read": reads, "write": np.asarray(self.names, dtype=object)[write]}
+        heads = head if self.heads is None else np.asarray(self.heads)[head]
+        table = {"head": heads, "read": reads, "write": np.asarray(self.names, dtype=object)[write]}
         return pd.DataFrame(table | {"value": self.values[row].flatten().double().numpy()})
 
 
@@ -108,10 +111,10 @@ def pooled_write_map(
     member, names = _membership("groups", groups, records, names, record)
     values = _split_states(record, member, mode, direction, gelu_rule, interaction)
     if read_groups is None:
-        return PooledWriteMap(layer, mode, values, names)
+        return PooledWriteMap(layer, mode, values, names, heads=record.heads)
     pool, pool_names = _membership("read_groups", read_groups, records, read_names, record)
     counts = (pool * record.places.real[..., None]).sum(1)[:, None].expand(-1, values.shape[1], -1)
-    return PooledWriteMap(layer, mode, pool.mT[:, None] @ values, names, pool_names, counts)
+    return PooledWriteMap(layer, mode, pool.mT[:, None] @ values, names, pool_names, counts, record.heads)
 
 
 def _membership(
@@ -142,7 +145,7 @@ def _split_states(
     member = places.align(member[:, None])  # [B, 1, M * K, G]
     q = places.align(record.q)
     if direction is not None:
-        direction = places.align(direction.to(record.q).expand_as(record.q))
+        direction = places.align(expanded_direction(direction, record.q))
     states = [
         (w.new_zeros(len(q), heads, count, *w.shape[1:]), b.new_zeros(len(q), heads, count, w.shape[2]))
         for w, b in record.initial

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from interp.captum_targets import as_rows, choose_writes
+from interp.captum_targets import as_rows, check_multiplier, choose_writes
 from interp.freezing import ttt_layers
 from interp.inner_reads import gelu, mini_batches
 from interp.taps import PIECE_TOKENS, hooks, mixers, read_in_pieces
@@ -136,12 +136,12 @@ def record_writes(
     collected = collect_writes(
         model, ids, mask, ttt_lr_mult, reset_at, layers, heads, offload, piece_tokens, names, progress=progress
     )
-    records, worst = [], 0.0
+    records, errors = [], []
     for record, kept in collected:
         record = dataclasses.replace(record, q=kept["tap_q"], readout=kept["tap_readout"])
         reads = record.reads()
         difference = (record.readout_of(reads) - record.readout).masked_fill(~record.places.real[:, None, :, None], 0)
-        worst = max(worst, float(difference.abs().max() / record.readout.abs().max().clamp(min=1e-30)))
+        errors.append(difference.abs().max() / record.readout.abs().max().clamp(min=1e-30))
         variance, mean = torch.var_mean(reads, -1, correction=0)
         records.append(
             dataclasses.replace(
@@ -152,6 +152,7 @@ def record_writes(
                 post_rstd=kept["post_rstd"],
             )
         )
+    worst = float(torch.stack([error.cpu() for error in errors]).max())  # NaN stays NaN
     if not worst < 0.1:  # far beyond the rounding of any dtype
         raise ValueError(f"the layers read something else than their writes say (relative difference {worst:.2g})")
     return WriteRecords(ids, records[0].places, tuple(records), worst)
@@ -179,6 +180,7 @@ def collect_writes(
     model, whose further arguments `options(columns)` gives.
     """
     places, chosen_heads = choose_writes(model.config, layers, heads)
+    check_multiplier("ttt_lr_mult", ttt_lr_mult, ids.shape[1])
     found, present = mixers(model), ttt_layers(model.config)
     border = document_starts(reset_at, ids)
     keepers = [_Keeper(found[i], chosen_heads, ids.shape, offload, names) for i in places]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interp.captum_targets import as_rows
 from interp.freezing import ttt_layers
+from interp.taps import kept_cache
 
 __all__ = [
     "StateTrace",
@@ -106,14 +107,15 @@ def follow_state(
         before = learnt_weights(cache, first)
     spectra, drift, step = [], [], []
     for start, end in zip([0, *checkpoints], checkpoints, strict=False):
-        cache = model(
+        outputs = model(
             input_ids=ids[:, start:end],
             attention_mask=None if mask is None else mask[:, start:end],
             past_key_values=cache,
             use_cache=True,
             output_plasticity=False,
             logits_to_keep=1,
-        ).past_key_values
+        )
+        cache = kept_cache(outputs)
         now = learnt_weights(cache, first)
         spectra.append([torch.stack(per_map, 1) for per_map in zip(*(map(_spectra, now)), strict=True)])
         drift.append(torch.stack([_norm(maps) for maps in now], 1))
@@ -133,13 +135,13 @@ def initial_state(model: Any, device: torch.device | str = "cpu") -> list[Maps]:
     Taken from the cache of a token that did not write, so that it serves offloaded models, whose parameters are at
     hand inside a forward only.
     """
-    cache = model(
+    outputs = model(
         input_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
         ttt_lr_mult=torch.zeros(1),
         use_cache=True,
         output_plasticity=False,
-    ).past_key_values
-    return _weights(cache)
+    )
+    return _weights(kept_cache(outputs))
 
 
 def learnt_weights(cache: Any, initial: list[Maps]) -> list[Maps]:

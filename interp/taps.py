@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["hooks", "mixers", "read_in_pieces"]
+__all__ = ["hooks", "kept_cache", "mixers", "read_in_pieces"]
 
 PIECE_TOKENS = 2048
 
@@ -76,5 +76,18 @@ def read_in_pieces(
             output_plasticity=False,
             **options(piece),
         )
-        cache = outputs.past_key_values
+        if piece.stop < length:
+            cache = kept_cache(outputs)
         yield piece, outputs
+
+
+def kept_cache(outputs: Any) -> Any:
+    """The cache of a call with `use_cache=True`.
+
+    Raises:
+        ValueError: there is none: a model that trains with gradient checkpointing drops it, and the next call would
+            read from an empty state.
+    """
+    if outputs.past_key_values is None:
+        raise ValueError("the model gave no cache to go on from: call model.eval() first")
+    return outputs.past_key_values

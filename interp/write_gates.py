@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from interp.captum_targets import LogitTarget, as_rows, choose_writes, repeat_multiplier, repeat_rows
+from interp.captum_targets import (
+    LogitTarget,
+    as_rows,
+    check_multiplier,
+    choose_writes,
+    repeat_multiplier,
+    repeat_rows,
+)
 
 __all__ = ["WriteGateModel", "gate_gradient", "gate_integrated_gradients", "span_features", "span_gates"]
 
@@ -46,7 +53,8 @@ class WriteGateModel(nn.Module):
         self._model, self.target, self.base = (model,), target, base
         choose_writes(model.config)  # refuses a model without TTT layers
         self.documents, self.length = ids.shape
-        self.position = target.columns(*ids.shape)
+        self.position = target.of(ids, mask)
+        check_multiplier("base", base, self.length)
         used = int(self.position.max()) + 1
         self.input_ids, self.attention_mask = ids[:, :used], None if mask is None else mask[:, :used]
 

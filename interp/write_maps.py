@@ -84,7 +84,7 @@ def iterate_rows(
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
     if direction is not None:
-        direction = direction.to(record.q).expand(*record.q.shape[:2], len(rows), record.q.shape[-1])
+        direction = expanded_direction(direction, record.q[:, :, rows])
     xs = write_inputs(record)
     for start in range(0, len(rows), block_rows):
         block = rows[start : start + block_rows]
@@ -184,6 +184,14 @@ def relative_direction(base: Tensor, read: Tensor) -> Tensor:
     learnt = read - base
     squared = learnt.square().sum(-1, keepdim=True)
     return learnt / squared.where(squared > 0, torch.ones_like(squared))
+
+
+def expanded_direction(direction: Tensor, q: Tensor) -> Tensor:
+    """A direction for each read at queries q [B, H, R, f]; ValueError when it does not broadcast to them."""
+    try:
+        return direction.to(q).expand_as(q)
+    except RuntimeError:
+        raise ValueError(f"direction must be broadcastable to {list(q.shape)}, got {list(direction.shape)}") from None
 
 
 def _check_mode(mode: str, direction: Tensor | None) -> None:

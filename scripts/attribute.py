@@ -111,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     tables = {"writes": data.to_pandas(), "writes_by_head": found.to_pandas(), "parts": found.summary()}
     if arguments.knockouts:
         tables["knockouts"] = _knockouts(model, asked, data, arguments.knockouts)
+    else:  # one of an earlier run would be taken for this one's
+        (folder / "knockouts.csv").unlink(missing_ok=True)
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
     _draw(model, asked, data, folder)
@@ -148,6 +150,8 @@ def _folder(arguments: AttributeArguments) -> Path:
     folder = run_folder(arguments.exp_dir, name)
     if folder.exists() and any(folder.iterdir()) and not arguments.overwrite:
         raise ValueError(f"{str(folder)!r} is there already: pass --overwrite or another --exp_name")
+    if arguments.seq_length < 1:
+        raise ValueError(f"seq_length must be at least 1, got {arguments.seq_length}")
     if arguments.knockouts < 0:
         raise ValueError(f"knockouts must not be negative, got {arguments.knockouts}")
     return folder
@@ -212,7 +216,8 @@ def _draw(model: Any, asked: Asked, data: AttributedText, folder: Path) -> None:
     layer = data.layers[int(abs(data.by_layer).sum(0).argmax())]
     records = record_writes(model, asked.ids.to(model.device), layers=[layer])
     groups = block_groups(len(asked.ids), MAP_BLOCKS)
-    names = [str(int(first)) for first in torch.unique_consecutive(groups, return_counts=True)[1].cumsum(0) - 1]
+    ends = groups.bincount().cumsum(0).tolist()
+    names = [f"{first}-{end - 1}" for first, end in zip([0, *ends], ends, strict=False)]
     pooled = pooled_write_map(records, layer, groups, read_groups=groups, names=names, read_names=names)
     save_figure(plot_write_map(pooled)[0], folder / "write_map.png")
     write_text(folder / "write_map.csv", pooled.to_pandas().to_csv(index=False))

@@ -156,6 +156,10 @@ def test_what_does_not_fit_is_refused(model, ids):
         write_knockout(model, ids, SPANS, layers=[2])
     with pytest.raises(ValueError, match="heads must be some of 0 to 1"):
         write_knockout(model, ids, SPANS, heads=[-1])
+    mask = torch.ones_like(ids)
+    mask[:, 12:] = 0
+    with pytest.raises(ValueError, match="position 12 is a padded column"):
+        write_knockout(model, ids, [(0, 2)], target=TARGET, attention_mask=mask)
     with pytest.raises(ValueError, match="one document, got 2"):
         write_knockout(model, ids.repeat(2, 1), SPANS)
 

@@ -8,8 +8,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from interp import attribution_plots as plots
 from interp.ablation import EraseCurve
@@ -183,3 +185,28 @@ def test_texts_go_with_their_attribution():
         attributed_text(found, ["a"], "logit")
     with pytest.raises(ValueError, match="marked must be columns"):
         attributed_text(found, list("abcde"), "logit", marked=[5])
+
+
+def test_labels_of_neighbouring_writes_do_not_meet():
+    values = np.zeros((1024, 1))
+    for column, value in ((260, 1.08), (261, 0.323), (188, 0.055), (222, 0.0496), (28, 0.047), (760, 0.0435)):
+        values[column] = value
+    values[258], values[268] = -0.0468, 0.0425
+    data = AttributedText(("x",) * 1024, (0,), values, 1019, "logit", 10.1)
+    figure, ax = plots.plot_top_writes(data)
+    FigureCanvasAgg(figure).draw()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the arrows
+    assert len(boxes) == 8
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_heads_and_maps_that_are_not_there_are_refused(model):
+    records = record_writes(model, random_ids(1, 9), heads=[1])
+    data = pooled_write_map(records, 0, block_groups(9, 2))
+    assert "head 1" in plots.plot_write_map(data, head=1)[1].get_title(loc="left")
+    with pytest.raises(ValueError, match=r"head must be one of \[1\], got 0"):
+        plots.plot_write_map(data, head=0)
+    trace = follow_state(model, random_ids(1, 9), [9])
+    for plot in (plots.plot_spectra, plots.plot_ranks):
+        with pytest.raises(ValueError, match=r"inner_map must be in \[1, 1\], got 0"):
+            plot(trace, inner_map=0)

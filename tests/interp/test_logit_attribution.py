@@ -1,5 +1,6 @@
 """Direct logit attribution: parts sum to the logit, and a write's part is what the frozen path loses with it."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -210,3 +211,46 @@ def test_what_does_not_fit_is_refused_and_no_hook_stays(model):
     handle.remove()
     assert not hooked_taps(model)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_layers_may_be_named_in_any_order(model):
+    ids = random_ids(1, 12)
+    found, whole = (direct_logit_attribution(model, ids, CONTRAST, layers=layers) for layers in ([1, 0], None))
+    assert found.layers == (0, 1) and torch.equal(found.writes, whole.writes)
+
+
+def test_a_model_that_gives_no_cache_is_refused_where_one_is_needed(model):
+    """Gradient checkpointing drops it in training: every piece would start from an empty state."""
+    ids = random_ids(1, 12)
+    expected = direct_logit_attribution(model, ids, CONTRAST)
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gave no cache to go on from"):
+        direct_logit_attribution(model, ids, CONTRAST, piece_tokens=5)
+    whole = direct_logit_attribution(model, ids, CONTRAST)
+    torch.testing.assert_close(whole.writes, expected.writes, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ttt_lr_mult": torch.ones(9)},
+        {"ttt_lr_mult": torch.ones(6)},  # up to the position alone
+        {"reset_at": torch.ones(2, 9, dtype=torch.bool)},
+    ],
+)
+def test_what_has_another_length_than_the_text_is_refused(model, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}.* must be"):
+        direct_logit_attribution(model, random_ids(2, 8), LogitTarget(5, 5), **options)
+
+
+def test_targets_fit_the_documents_and_may_come_from_other_libraries(model):
+    ids = random_ids(4, 8)
+    with pytest.raises(ValueError, match="target must be one token id or 4 of them"):
+        direct_logit_attribution(model, ids, LogitTarget(5, [5, 6]))
+    target = LogitTarget(np.int64(5), torch.tensor([5, 6, 7, 8]), np.array([1, 2]))
+    assert target == LogitTarget(5, (5, 6, 7, 8), (1, 2))
+    assert_complete(model, ids, target)
+    with pytest.raises(TypeError, match="position must be an integer"):
+        LogitTarget(2.5, 5)
+    with pytest.raises(ValueError, match="contrast must hold a token id"):
+        direct_logit_attribution(model, ids, LogitTarget(5, 5, []))

@@ -164,5 +164,13 @@ def test_what_does_not_fit_is_refused(model):
         record_writes(model, random_ids(1, 4), piece_tokens=0)
     with pytest.raises(ValueError, match="reset_at as a mask must be"):
         record_writes(model, random_ids(1, 4), reset_at=torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"ttt_lr_mult must be broadcastable to .* got \[5\]"):
+        record_writes(model, random_ids(1, 4), ttt_lr_mult=torch.ones(5))
     with pytest.raises(ValueError, match="no module with a tap_readout"):
         mixers(torch.nn.Linear(2, 2))
+
+
+def test_read_outs_that_are_no_numbers_are_no_agreement(model):
+    model.model.layers[0].seq_norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="relative difference nan"):
+        record_writes(model, random_ids(1, 6))

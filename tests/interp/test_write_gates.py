@@ -136,6 +136,12 @@ def test_what_does_not_fit_is_refused_and_nothing_stays(model, ids):
         WriteGateModel(model, ids, LogitTarget(11, 5))
     with pytest.raises(ValueError, match="target and contrast must be token ids"):
         gate_gradient(model, ids, LogitTarget(3, 64))
+    mask = torch.ones_like(ids)
+    mask[:, 9:] = 0
+    with pytest.raises(ValueError, match="position 9 is a padded column in row 0"):
+        gate_gradient(model, ids, TARGET, attention_mask=mask)
+    with pytest.raises(ValueError, match="base must be broadcastable"):
+        gate_gradient(model, ids, TARGET, base=torch.ones(12))
     with pytest.raises(ValueError, match=r"a span is .* got \(4, 4\)"):
         span_gates(LENGTH, [(4, 4)])
     with pytest.raises(ValueError, match="must not overlap"):

@@ -150,6 +150,9 @@ def test_what_does_not_fit_is_refused(records):
         write_read_matrix(records, 0, mode="max")
     with pytest.raises(ValueError, match="direction belongs to mode 'signed'"):
         write_read_matrix(records, 0, mode="signed")
+    for function, groups in ((write_read_matrix, {}), (pooled_write_map, {"groups": block_groups(LENGTH, 2)})):
+        with pytest.raises(ValueError, match=r"direction must be broadcastable to \[3, 2, 23, 16\], got \[7\]"):
+            function(records, 0, mode="signed", direction=torch.ones(7), **groups)
     with pytest.raises(ValueError, match="rows must be one or more columns"):
         write_read_matrix(records, 0, rows=[LENGTH])
     with pytest.raises(ValueError, match="inner_map must be in"):
@@ -161,3 +164,9 @@ def test_what_does_not_fit_is_refused(records):
         pooled_write_map(records, 0, groups, mode="norm", read_groups=groups)
     with pytest.raises(ValueError, match="spans must not overlap"):
         span_groups(5, [(0, 3), (2, 4)])
+
+
+def test_chosen_heads_keep_their_names():
+    records = record_writes(strong_model("linear"), random_ids(1, 9), heads=[1])
+    found = pooled_write_map(records, 0, block_groups(9, 2))
+    assert set(found.to_pandas()["head"]) == {1} and found.heads == (1,)

@@ -50,6 +50,7 @@ def test_a_text_and_a_question_are_asked_about(attribute, tmp_path, capsys):
         attribute("--text", text)
     attribute("--text", text, "--overwrite", "--knockouts", 0, "--seq_length", 8)
     assert json.loads((folder / "attribution.json").read_text())["tokens"] == 8
+    assert not (folder / "knockouts.csv").exists()
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(attribute, tmp_path):
@@ -58,6 +59,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(attribute, tmp_
         (("--needle_length", 64, "--needle_digit", 4), r"needle_digit must be in \[0, 4\)"),
         (("--needle_length", 64, "--gelu_rule", "secant"), "gelu_rule must be one of"),
         (("--text", tmp_path / "none.txt"), "cannot be read"),
+        (("--seq_length", 0), "seq_length must be at least 1"),
         (("--knockouts", -1), "knockouts must not be negative"),
     ):
         with pytest.raises(ValueError, match=message):
