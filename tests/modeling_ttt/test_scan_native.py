@@ -186,16 +186,18 @@ def test_a_compiler_that_fails_leaves_no_library_and_is_quoted(monkeypatch, fres
     broken = tmp_path / "broken.cpp"
     broken.write_text("this is no C++\n")
     monkeypatch.setattr(native_library, "SOURCE", broken)
+    monkeypatch.setattr(native_library, "HEADERS", ())
     library, reason = load_library.__wrapped__()
     assert library is None and "could not make its library" in reason and "error" in reason
     assert list(fresh_folder.iterdir()) == []
 
 
-def test_another_compiler_or_source_makes_another_library(monkeypatch, tmp_path):
+def test_another_source_makes_another_library(monkeypatch, tmp_path):
     key = native_library._key(shutil.which("c++") or shutil.which("g++"))
     source = tmp_path / "inner_loop.cpp"
     source.write_bytes(native_library.SOURCE.read_bytes() + b"\n")
     monkeypatch.setattr(native_library, "SOURCE", source)
+    monkeypatch.setattr(native_library, "HEADERS", ())
     assert native_library._key(shutil.which("c++") or shutil.which("g++")) != key
 
 
