@@ -160,6 +160,8 @@ def test_another_study_is_not_mixed_in(study, models, tmp_path, monkeypatch):
         study.main(options(models, tmp_path))
     (folder / "plan.json").unlink()
     (folder / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds no study: it is not written into"):
+        study.main(options(models, tmp_path))
     with pytest.raises(ValueError, match="holds no study: it is not overwritten"):
         study.main([*options(models, tmp_path), "--overwrite"])
     assert (folder / "mine.txt").exists()
