@@ -11,6 +11,7 @@ import pandas as pd
 from interp._columns import POOLED
 from interp.claims import CANNOT_TELL, NOT_REPRODUCED, REPRODUCED, Verdict, judge_effect, judge_near_zero, judge_range
 from interp.study_data import StudyData
+from interp.study_tables import FIRST_TOKENS
 
 __all__ = ["Claim", "claim_table"]
 
@@ -125,10 +126,14 @@ def _burn_in(model: str, untrained: str | None, tables: Tables) -> Iterator[Clai
     note = _burn_in_note(model, untrained, where, tables)
     bounds = _bounds(row, "ratio")
     words = {"theme": "trigger", "rule": "effect", "note": note, "quantity": quantity}
+    verdict = judge_effect(*bounds, null=1.0, claimed=2.0, enough=_enough(row))
+    if n < FIRST_TOKENS:
+        # Shorter documents make every burn-in look like the one that was claimed.
+        verdict = Verdict(CANNOT_TELL, f"documents too short: {n:,} tokens are not the {FIRST_TOKENS:,} of the claim")
     yield _make(
         row,
         "ratio",
-        judge_effect(*bounds, null=1.0, claimed=2.0, enough=_enough(row)),
+        verdict,
         claim=f"Plasticity is twice as high in the first {n:,} tokens",
         earlier="2 times over the first 2,000 tokens",
         **words,

@@ -70,6 +70,8 @@ def study_tables(
     found: dict[str, list[pd.DataFrame]] = {name: [] for name in DEFINITIONS}
 
     def add(table: str, part: Part, frame: pd.DataFrame) -> None:
+        if frame.empty:  # thirds of fewer than three layers
+            return
         head = {"model": part.model.name, "corpus": part.name}
         found[table].append(pd.concat([pd.DataFrame(head, index=frame.index), frame], axis=1))
 

@@ -3,8 +3,9 @@
 import pandas as pd
 import pytest
 
+from interp._columns import POOLED
 from interp.claims import CANNOT_TELL, NOT_REPRODUCED, REPRODUCED
-from interp.study_claims import _efficiency
+from interp.study_claims import _burn_in, _efficiency
 
 
 def skipping(costs, inner: float, unit: str = "documents") -> dict[str, pd.DataFrame]:
@@ -36,3 +37,13 @@ def test_savings_are_bounded_by_the_first_share_that_costs_too_much_for_certain(
     (claim,) = _efficiency("m", None, skipping(costs, inner, unit))
     assert (claim.value, claim.low, claim.high) == pytest.approx(bounds)
     assert claim.verdict == verdict
+
+
+@pytest.mark.parametrize(("n", "verdict"), [(2000, REPRODUCED), (40, CANNOT_TELL)])
+def test_a_burn_in_over_fewer_tokens_than_claimed_is_not_the_claimed_one(n, verdict):
+    place = {"model": "m", "corpus": "long", "layer": POOLED, "unit": "documents", "documents": 12}
+    measured = {"ratio": 2.0, "ratio_low": 1.8, "ratio_high": 2.2, "n": n}
+    decay = [{**place, **measured, "comparison": name} for name in ("first/steady", "first/last")]
+    fit = {**place, **dict.fromkeys(("tau", "tau_low", "tau_high"), float("nan")), "refusal": "too short"}
+    claims = list(_burn_in("m", None, {"decay": pd.DataFrame(decay), "burn_in": pd.DataFrame([fit])}))
+    assert [claim.verdict for claim in claims] == [verdict, CANNOT_TELL]
