@@ -26,8 +26,8 @@ RULES = {
     "effect": "The bar is half the claimed size (as a logarithm for ratios), or no effect where only a direction was "
     "claimed. Reproduced when the whole interval lies above the bar, and wholly above that of the control where there "
     "is one. Reversed when it lies wholly on the other side of no effect. Not reproduced when it lies wholly below "
-    "the bar, or when the control shows as much. Cannot tell in all other cases, and when fewer than ten documents "
-    "were read.",
+    "the bar, or when its upper end lies above the control's lower end by less than the bar. Cannot tell in all "
+    "other cases, and when fewer than ten documents were read.",
     "near zero": "Reproduced when the whole interval lies within 0.1 of 0, not reproduced when it lies wholly "
     "outside, cannot tell otherwise.",
     "range": "Reproduced when the whole interval lies within half to twice the claimed value, not reproduced when it "
@@ -36,8 +36,9 @@ RULES = {
     "many layers do on average. Beyond that they must cost more than each of these, else it is not reproduced (where "
     "another choice costs more) or cannot be told.",
     "counted": "Operations are counted. The interval goes from what is saved at shares whose cost lies below 0.01 "
-    "nats per token for certain to what is saved at shares whose cost may. Reproduced when all of it lies above half "
-    "the claimed saving, not reproduced when all of it lies below.",
+    "nats per token for certain to what is saved at the least share whose cost lies above for certain (by leaving out "
+    "all writes where there is none): shares between those tried may be free. Reproduced when all of it lies above "
+    "half the claimed saving, not reproduced when all of it lies below.",
 }
 
 
@@ -85,16 +86,16 @@ def judge_effect(
         return Verdict(REVERSED, "the whole interval lies on the other side of no effect")
     if claimed is not None and far < bar:
         return Verdict(NOT_REPRODUCED, "the whole interval lies below half the claimed size")
+    known = control is not None and math.isfinite(control[0]) and math.isfinite(control[1])
+    least, most = sorted(map(turn, control)) if known else (-math.inf, -math.inf)
+    if far - least <= bar:
+        return Verdict(NOT_REPRODUCED, "whatever effect there is, the control shows nearly as much or more")
     if near <= bar:
         what = "no effect" if claimed is None else "half the claimed size"
         return Verdict(CANNOT_TELL, f"the interval reaches over {what}")
-    if control is not None and math.isfinite(control[0]) and math.isfinite(control[1]):
-        least, most = sorted(map(turn, control))
-        if near <= least or far <= most:
-            return Verdict(NOT_REPRODUCED, "there is an effect, but the control shows as much")
-        if near <= most:
-            return Verdict(CANNOT_TELL, "there is an effect, but its interval and that of the control overlap")
-    beyond = "" if control is None else ", and beyond the control"
+    if near <= most:
+        return Verdict(CANNOT_TELL, "there is an effect, but its interval and that of the control overlap")
+    beyond = ", and beyond the control" if known else ""
     what = "on the claimed side of no effect" if claimed is None else "above half the claimed size"
     return Verdict(REPRODUCED, f"the whole interval lies {what}{beyond}")
 

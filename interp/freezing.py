@@ -1,9 +1,10 @@
 """Which layers and heads stop writing: choices from text, as multipliers of the inner rate, and for a block."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def freeze(
     known = ttt_layers(config)
     if layers is None and heads is None:
         layers = known
-    chosen = _check_indices("layers", layers or (), known)
+    chosen = _check_indices("layers", () if layers is None else layers, known)
     by_layer = _check_heads(heads or {}, known, config.num_attention_heads)
     names = ("frozen_layers", "frozen_heads", "frozen_from")
     before = {name: getattr(config, name, None) for name in names}
@@ -133,18 +134,25 @@ def _config_of(model: Any) -> Any:
 
 
 def _check_indices(name: str, values: Sequence[int], allowed: Sequence[int]) -> list[int]:
-    wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int)]
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, got {values!r}")
+    values = list(values)
+    wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, Integral)]
     if wrong:
         raise TypeError(f"{name} must be integers, got {wrong}")
-    unknown = sorted(set(values) - set(allowed))
+    # NumPy's integers as Python's, which a configuration can be saved with.
+    chosen = {int(value) for value in values}
+    unknown = sorted(chosen - set(allowed))
     if unknown:
         raise ValueError(f"{name} must be among {list(allowed)}, got {unknown}")
-    return sorted(set(values))
+    return sorted(chosen)
 
 
 def _check_heads(heads: Mapping[int, Sequence[int]], known: Sequence[int], number: int) -> dict[int, list[int]]:
     _check_indices("the layers of heads", list(heads), known)
-    return {layer: _check_indices(f"heads of layer {layer}", list(h), range(number)) for layer, h in heads.items()}
+    return {
+        int(layer): _check_indices(f"heads of layer {layer}", list(h), range(number)) for layer, h in heads.items()
+    }
 
 
 def _with_layers(before: Mapping[str, Any], layers: Sequence[int], heads: Mapping[int, list[int]]) -> dict[str, Any]:

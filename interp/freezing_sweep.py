@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from interp._columns import provenance, with_intervals
-from interp.resampling import DEFAULT_BOOTSTRAP, Bootstrap, Resampler, cell_sums, divide, make_blocks
+from interp.resampling import DEFAULT_BOOTSTRAP, Bootstrap, Resampler, cell_sums, divide, make_blocks, share_interval
 from interp.run_folder import GREEDY, Run
 from interp.tables import UNFROZEN, loss_columns
 
@@ -71,7 +71,8 @@ def answer_table(
     """Give `sweep_table` on the answer tokens of a run of retrieval documents, with the answers that are right.
 
     Further columns: answers (documents with one), exact (share whose every token greedy decoding gets right) and
-    digits (share of single tokens), each with _low and _high over documents. ValueError for a run without answers.
+    digits (share of single tokens), each with _low and _high: of exact Wilson's, of digits over documents. ValueError
+    for a run without answers.
     """
     answer = run.tokens["is_answer"].to_numpy()
     if not answer.any():
@@ -211,4 +212,5 @@ def _scores(run: Run, answer: np.ndarray, boot: Bootstrap) -> dict[str, Any]:
         sums = np.stack([np.bincount(blocks.index, column, blocks.count) for column in value.T], axis=1)
         draws = draw.sums(sums) / draw.sums(np.bincount(blocks.index, minlength=blocks.count).astype(float))[:, None]
         columns[name] = (value.mean(0), draws, blocks.count)
-    return {"answers": len(size), **with_intervals(columns, boot)}
+    low, high = share_interval(values["exact"].sum(0), len(size), boot.confidence)
+    return {"answers": len(size), **with_intervals(columns, boot), "exact_low": low, "exact_high": high}

@@ -8,7 +8,7 @@ import numpy as np
 
 from interp.freezing import Freezing
 
-__all__ = ["FAMILIES", "PRESETS", "PRESET_DEPTH", "freeze_preset", "layer_thirds", "sweep_freezings"]
+__all__ = ["FAMILIES", "PRESETS", "PRESET_DEPTH", "THIRDS", "freeze_preset", "layer_thirds", "sweep_freezings"]
 
 PRESET_DEPTH = 24
 # The lists of the earlier study, for its 24 layers. The two drift presets were used on repetitive text.
@@ -21,6 +21,7 @@ PRESETS: dict[str, tuple[int, ...]] = {
     "drift_uniform": (),
     "drift_retina": (20, 21, 22, 23),
 }
+THIRDS = ("early", "middle", "late")
 ON_REPETITIVE_TEXT = ("drift_uniform", "drift_retina")
 FAMILIES = ("single", "leave-one-in", "prefix", "suffix", "thirds", "random", "heads", "presets")
 
@@ -35,11 +36,10 @@ def freeze_preset(name: str, layers: Sequence[int]) -> list[int]:
     layers = list(layers)
     if name == "all":
         return layers
-    thirds = layer_thirds(layers)
-    if name in thirds:
-        return thirds[name]
+    if name in THIRDS:
+        return layer_thirds(layers)[name]
     if name not in PRESETS:
-        raise ValueError(f"preset must be one of {[*PRESETS, *thirds, 'all']}, got {name!r}")
+        raise ValueError(f"preset must be one of {[*PRESETS, *THIRDS, 'all']}, got {name!r}")
     chosen: set[int] = set()
     for first, last in _runs(PRESETS[name]):
         start = round(first * len(layers) / PRESET_DEPTH)
@@ -60,7 +60,7 @@ def layer_thirds(layers: Sequence[int]) -> dict[str, list[int]]:
     if len(layers) < 3:
         raise ValueError(f"thirds need three TTT layers or more, got {layers}")
     first, second = round(len(layers) / 3), round(2 * len(layers) / 3)
-    return {"early": layers[:first], "middle": layers[first:second], "late": layers[second:]}
+    return dict(zip(THIRDS, (layers[:first], layers[first:second], layers[second:]), strict=True))
 
 
 def sweep_freezings(

@@ -21,6 +21,7 @@ __all__ = [
     "interval",
     "log_positive",
     "make_blocks",
+    "share_interval",
 ]
 
 _TAIL_DRAWS = 2
@@ -278,6 +279,19 @@ def interval(replicates: np.ndarray, used: Any, confidence: float) -> tuple[np.n
         a, b = (np.take_along_axis(ordered, k[None], axis=0)[0] for k in (below, above))
         bounds.append(np.where(defined, a + (place - below) * (b - a), np.nan))
     return bounds[0], bounds[1]
+
+
+def share_interval(hits: Any, number: int, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """Give Wilson's interval of a share, `hits` (any shape) of `number` independent trials; NaN without trials.
+
+    Unlike resamples it does not shrink to a point where all trials end alike.
+    """
+    hits = np.asarray(hits)
+    bounds = np.full((hits.size, 2), np.nan)
+    if number:
+        tests = [stats.binomtest(int(k), number) for k in hits.ravel()]
+        bounds[:] = [test.proportion_ci(confidence, method="wilson") for test in tests]
+    return bounds[:, 0].reshape(hits.shape), bounds[:, 1].reshape(hits.shape)
 
 
 def _stretches(part: np.ndarray, length: Any) -> np.ndarray:

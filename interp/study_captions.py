@@ -75,7 +75,7 @@ def freezing_caption(table: pd.DataFrame) -> Caption:
     if "exact" in table:
         base = table[table["label"] == "nothing frozen"].iloc[0]
         text.append(
-            f"Answers wholly right: {base['exact']:.0%} {format_interval(base, 'exact')} of "
+            f"Answers wholly right: {base['exact']:.0%} [{base['exact_low']:.0%}, {base['exact_high']:.0%}] of "
             f"{int(base['answers'])} with nothing frozen, {everything['exact']:.0%} with everything frozen."
         )
     text.append(f"Differences are paired, token by token. {_intervals(everything)}")

@@ -1,6 +1,7 @@
 """Reading the cells of a study, one by one, each into a folder that is whole or can be taken up again."""
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,9 @@ def read_cell(
         )
         # A folder of other arguments is made anew; of these, gone on with.
         same = (target / "arguments.json").exists() and read_json(target / "arguments.json") == depends
+        if not same and target.exists():
+            # Before the new arguments are told: what was read with others must not be taken for theirs after a kill.
+            shutil.rmtree(target)
         target.mkdir(parents=True, exist_ok=True)
         write_text(target / "arguments.json", to_json(depends))
         if not (same and (target / META_FILE).exists()):

@@ -11,6 +11,7 @@ import pandas as pd
 from interp._columns import POOLED
 from interp.claims import CANNOT_TELL, NOT_REPRODUCED, REPRODUCED, Verdict, judge_effect, judge_near_zero, judge_range
 from interp.study_data import StudyData
+from interp.study_tables import FIRST_TOKENS
 
 __all__ = ["Claim", "claim_table"]
 
@@ -125,10 +126,14 @@ def _burn_in(model: str, untrained: str | None, tables: Tables) -> Iterator[Clai
     note = _burn_in_note(model, untrained, where, tables)
     bounds = _bounds(row, "ratio")
     words = {"theme": "trigger", "rule": "effect", "note": note, "quantity": quantity}
+    verdict = judge_effect(*bounds, null=1.0, claimed=2.0, enough=_enough(row))
+    if n < FIRST_TOKENS:
+        # Shorter documents make every burn-in look like the one that was claimed.
+        verdict = Verdict(CANNOT_TELL, f"documents too short: {n:,} tokens are not the {FIRST_TOKENS:,} of the claim")
     yield _make(
         row,
         "ratio",
-        judge_effect(*bounds, null=1.0, claimed=2.0, enough=_enough(row)),
+        verdict,
         claim=f"Plasticity is twice as high in the first {n:,} tokens",
         earlier="2 times over the first 2,000 tokens",
         **words,
@@ -236,13 +241,11 @@ def _efficiency(model: str, untrained: str | None, tables: Tables) -> Iterator[C
     own = table[_matches(table, {"model": model, "rule": "small gradient"})] if table is not None else ()
     if not len(own):
         return
-    # Least and most that may be saved: shares whose cost is surely, and possibly, below what counts as free.
-    bounds = [own["saved_inner"][own[f"delta{end}"] < FREE].max() for end in ("", "_high", "_low")]
-    saved, low, high = (0.0 if math.isnan(bound) else float(bound) for bound in bounds)
+    writes, inner = (own[f"saved_{name}"].iloc[0] / own["skipped"].iloc[0] for name in ("writes", "inner"))
+    saved, low, high = _saved(own, inner)
     row = own.loc[own["share"].idxmax()]
     chance = _pick(tables, "skipping", model=model, rule="at random", share=row["share"])
     costs = ", ".join(f"{r['skipped']:.0%} {r['delta']:+.4f}" for _, r in own.iterrows())
-    writes, inner = (own[f"saved_{name}"].iloc[0] / own["skipped"].iloc[0] for name in ("writes", "inner"))
     note = (
         f"Nats per token by share of writes skipped: {costs}; "
         f"{chance['skipped']:.0%} at random {chance['delta']:+.4f}. "
@@ -264,6 +267,20 @@ def _efficiency(model: str, untrained: str | None, tables: Tables) -> Iterator[C
         earlier="30 to 50%",
         quantity=f"share of all operations saved at less than {FREE} nats per token",
     )
+
+
+def _saved(own: pd.DataFrame, everything: float) -> tuple[float, float, float]:
+    """What is saved for free, and the least and most that may be; `everything`: without any write.
+
+    A larger share costs more, so that shares between the last that may be free and the first that is not may be, too.
+    Without intervals that speak about other documents nothing bounds the cost.
+    """
+    certain = bool((own["unit"] == "documents").all())
+    free, surely_free = own["delta"] < FREE, (own["delta_high"] < FREE) & certain
+    dear = (own["delta_low"] >= FREE) & certain
+    saved, low = (float(own["saved_inner"][chosen].max()) if chosen.any() else 0.0 for chosen in (free, surely_free))
+    high = float(own["saved_inner"][dear].min()) if dear.any() else everything
+    return saved, low, max(saved, high)
 
 
 def _matches(frame: pd.DataFrame, where: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from interp.bucketing import BUCKET_NAMES, Bucket, single_token_buckets
 from interp.burn_in import burn_in_table
 from interp.freezing_sweep import answer_table, depth_table, location_table, sweep_table
 from interp.permutation import permutation_test
-from interp.resampling import DEFAULT_BOOTSTRAP, Bootstrap, Resampler, cell_sums, divide, make_blocks
+from interp.resampling import DEFAULT_BOOTSTRAP, Bootstrap, Resampler, cell_sums, divide, make_blocks, share_interval
 from interp.run_folder import STAT_COLUMNS, Run
 from interp.skipping import skipping_table
 from interp.statistics import adjusted_contrast, bucket_contrast, position_strata
@@ -70,6 +70,8 @@ def study_tables(
     found: dict[str, list[pd.DataFrame]] = {name: [] for name in DEFINITIONS}
 
     def add(table: str, part: Part, frame: pd.DataFrame) -> None:
+        if frame.empty:  # thirds of fewer than three layers
+            return
         head = {"model": part.model.name, "corpus": part.name}
         found[table].append(pd.concat([pd.DataFrame(head, index=frame.index), frame], axis=1))
 
@@ -286,4 +288,6 @@ def _plain_answers(table: pd.DataFrame, boot: Bootstrap) -> pd.DataFrame:
     row = {"family": "baseline", "label": "nothing frozen", "configuration": UNFROZEN}
     row |= {"count": int(by_document["count"].sum()), "mean_loss": float(by_document["loss"].mean())}
     row |= {"answers": len(by_document), **with_intervals(columns, boot)}
+    hits = int(by_document["exact"].sum())
+    row["exact_low"], row["exact_high"] = map(float, share_interval(hits, len(by_document), boot.confidence))
     return pd.DataFrame([row | provenance(blocks, blocks.count, boot)])

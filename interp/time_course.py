@@ -163,6 +163,9 @@ def perplexity_by_index(
         sums, counts = cell_sums(check_vector("loss", loss, tokens, integers=False), index, windows, blocks)
         used = (counts > 0).sum(0)
         used_so_far = (np.cumsum(counts, axis=1) > 0).sum(0)
+        if blocks.stratum is not None:
+            # A window with a single stretch has nothing to draw from: what holds it has no interval either.
+            used_so_far = np.where(np.logical_or.accumulate(used == 1), 1, used_so_far)
         total, number = draw.sums(sums), draw.sums(counts)
         columns = {
             "cumulative": (

@@ -28,7 +28,7 @@ from interp.corpora import load_corpus
 from interp.files import write_parquet
 from interp.freezing import Freezing, parse_freezing, ttt_layers
 from interp.freezing_sweep import answer_table, depth_table, loss_change, sweep_table
-from interp.presets import FAMILIES, ON_REPETITIVE_TEXT, PRESETS, freeze_preset, sweep_freezings
+from interp.presets import FAMILIES, ON_REPETITIVE_TEXT, PRESETS, THIRDS, freeze_preset, sweep_freezings
 from interp.resampling import Bootstrap
 from interp.run_folder import read_run
 from interp.skipping import skip_small_updates
@@ -44,7 +44,7 @@ class FreezingArguments(InferenceArguments):
 
     families: list[str] = option([], f"what is frozen: {', '.join(FAMILIES)} (default: all but heads and presets)")
     preset: list[str] = option(
-        [], f"choices of the earlier study, by relative depth: {', '.join(PRESETS)}, all, thirds"
+        [], f"choices of the earlier study, by relative depth: {', '.join([*PRESETS, *THIRDS])}, all"
     )
     random_subsets: int = option(8, "random subsets per number of layers, the null of the named ones")
     skip_shares: list[float] = option([], "also skip these shares of writes, those with the smallest gradients")

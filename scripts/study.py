@@ -110,9 +110,9 @@ def weights_hash(path: str) -> str | None:
 def begin(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
     """Make the folder, or see that it holds this study; ValueError when it holds another one."""
     file = folder / "plan.json"
+    if folder.exists() and not file.exists() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} holds no study: it is not {'overwritten' if overwrite else 'written into'}")
     if overwrite and folder.exists():
-        if not file.exists() and any(folder.iterdir()):
-            raise ValueError(f"{str(folder)!r} holds no study: it is not overwritten")
         shutil.rmtree(folder)
     wanted = to_json(plan)
     if file.exists() and to_json(read_json(file)) != wanted:

@@ -29,8 +29,10 @@ from interp.claims import (
         (0.7, 0.8, {"claimed": 0.75}, REPRODUCED),
         (1.2, 1.4, {"claimed": 0.75}, REVERSED),
         (1.6, 2.4, {"claimed": 2.0, "control": (1.0, 1.2)}, REPRODUCED),
-        (1.6, 2.4, {"claimed": 2.0, "control": (1.5, 2.5)}, NOT_REPRODUCED),
+        (1.6, 2.4, {"claimed": 2.0, "control": (1.8, 2.5)}, NOT_REPRODUCED),
+        (1.05, 1.4, {"claimed": 1.28, "control": (1.3, 1.5)}, NOT_REPRODUCED),
         (1.6, 2.4, {"claimed": 2.0, "control": (1.4, 1.8)}, CANNOT_TELL),
+        (1.02, 1.1, {"control": (1.1, 1.2)}, NOT_REPRODUCED),
         (1.6, 2.4, {"claimed": 2.0, "control": (math.nan, math.nan)}, REPRODUCED),
         (1.2, 1.4, {"claimed": 1.28, "enough": False}, CANNOT_TELL),
         (math.nan, math.nan, {"claimed": 1.28}, CANNOT_TELL),
@@ -38,6 +40,13 @@ from interp.claims import (
 )
 def test_an_effect_is_judged_by_its_whole_interval(low, high, options, verdict):
     assert judge_effect(low, high, null=1.0, **options).verdict == verdict
+
+
+def test_fewer_documents_never_turn_cannot_tell_into_a_verdict():
+    # The same effect and control with wider and wider intervals of either.
+    for wider in (1.02, 1.1, 1.3):
+        for low, high, control in ((1.5 / wider, 1.5 * wider, (1.4, 1.6)), (1.45, 1.55, (1.5 / wider, 1.5 * wider))):
+            assert judge_effect(low, high, null=1.0, control=control).verdict == CANNOT_TELL
 
 
 def test_differences_are_judged_on_their_own_scale():

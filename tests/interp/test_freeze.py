@@ -1,11 +1,13 @@
 """`freeze`: nothing is written within the block, and the model is as it was afterwards, whatever happened."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +93,12 @@ def test_from_a_token_on_nothing_is_written_by_the_layers_named(tiny_model):
     assert settings(tiny_model) == [None, None, None]
 
 
+def test_layers_may_come_from_numpy_and_the_configuration_stays_plain(tiny_model):
+    with freeze(tiny_model, layers=np.array([0, 1]), heads={np.int64(0): np.array([1])}):
+        assert json.loads(tiny_model.config.to_json_string())["frozen_layers"] == [0, 1]
+    assert settings(tiny_model) == [None, None, None]
+
+
 @torch.no_grad()
 def test_wrapped_models_are_looked_through(tiny_model):
     for wrapped in (torch.nn.DataParallel(tiny_model), torch.compile(tiny_model, backend="eager")):
@@ -118,6 +126,7 @@ def test_reading_on_from_a_cache_keeps_what_it_has_learnt(tiny_model):
     [
         ({"layers": [2]}, ValueError, r"layers must be among \[0, 1\], got \[2\]"),
         ({"layers": [True]}, TypeError, "layers must be integers"),
+        ({"layers": 1}, TypeError, "layers must be a sequence of integers, got 1"),
         ({"heads": {0: [5]}}, ValueError, r"heads of layer 0 must be among \[0, 1\], got \[5\]"),
         ({"heads": {4: [0]}}, ValueError, r"the layers of heads must be among \[0, 1\]"),
         ({"from_token": -1}, ValueError, "from_token must be the index"),
@@ -152,6 +161,8 @@ def test_presets_keep_their_relative_depth_and_name_the_layers():
         freeze_preset("lobe", range(24))
     with pytest.raises(ValueError, match="three TTT layers"):
         layer_thirds([0, 1])
+    # Presets do not need thirds.
+    assert freeze_preset("retina", [0, 1]) == [1] and freeze_preset("cortex", [4]) == [4]
 
 
 def test_a_sweep_holds_every_freezing_once_and_names_all_of_each_family():

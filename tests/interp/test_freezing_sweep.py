@@ -77,6 +77,8 @@ def test_answers_are_scored_whole_and_by_digit(swept):
     assert set(table["answers"]) == {12} and set(table["count"]) == {48}
     full, first, second = (row_of(table, label) for label in ("nothing frozen", "layer 0", "layer 1"))
     assert (full["exact"], full["digits"]) == (1, 1) and (first["exact"], first["digits"]) == (0, 0.5)
+    # All of twelve, or none, is no certainty.
+    assert full["exact_low"] < 0.8 and full["exact_high"] == 1 and first["exact_high"] > 0.2
     assert second["exact"] == 1 and second["delta"] == pytest.approx(0.2, abs=0.01)
     by_depth = depth_table(run)
     assert len(by_depth) == 2 * 4 and set(by_depth["answers"]) == {6}

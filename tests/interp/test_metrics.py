@@ -61,5 +61,8 @@ def test_needle_accuracy_counts_whole_values_and_characters(load):
     )
     assert found["exact"] == pytest.approx(1 / 3) and found["characters"] == pytest.approx((1 + 0.75 + 0) / 3)
     assert found["exact_low"] <= 1 / 3 <= found["exact_high"] and found["documents"] == 3
+    # Two answers out of two say little about others.
+    found = metric.compute(predictions=["9f8e", "0a"], references=["9f8e", "0a"], n_boot=100)
+    assert found["exact_high"] == 1 and found["exact_low"] == pytest.approx(2 / (2 + 1.959964**2))
     with pytest.raises(ValueError, match="references must be values"):
         metric.compute(predictions=["a"], references=[""])

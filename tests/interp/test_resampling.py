@@ -10,6 +10,7 @@ from interp.resampling import (
     cell_sums,
     interval,
     make_blocks,
+    share_interval,
 )
 
 
@@ -108,6 +109,15 @@ def test_intervals_of_few_blocks_are_wider_than_plain_percentiles():
     low, high = interval(draws, [5, 1000], 0.95)
     assert high[0] - low[0] > 1.3 * (high[1] - low[1])
     assert high[1] - low[1] == pytest.approx(2 * 1.96, rel=0.05)
+
+
+def test_the_interval_of_a_share_is_wilsons_and_no_point_where_all_end_alike():
+    low, high = share_interval(np.array([0, 9, 18]), 18, 0.95)
+    square = 1.959964**2
+    half = np.sqrt(square / (18 + square)) / 2
+    assert low == pytest.approx([0, 0.5 - half, 18 / (18 + square)], abs=1e-6)
+    assert high == pytest.approx([square / (18 + square), 0.5 + half, 1], abs=1e-6)
+    assert np.isnan(share_interval(0, 0, 0.95)).all()
 
 
 def test_the_seed_decides():

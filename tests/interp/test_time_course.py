@@ -154,6 +154,13 @@ def test_perplexity_of_one_document_still_has_intervals():
     assert width.iloc[-1] < 0.7 * width.iloc[0]
 
 
+def test_a_window_of_one_stretch_has_no_interval_nor_what_holds_it():
+    losses = np.random.default_rng(0).gamma(2.0, size=64)
+    table = perplexity_by_index({"model": losses}, np.zeros(64, int), np.arange(64), window=16, boot=FAST)
+    for name in ("windowed", "cumulative"):
+        assert table[name].notna().all() and table[f"{name}_low"].isna().all() and table[f"{name}_high"].isna().all()
+
+
 def test_windows_that_no_document_reaches_are_nan():
     document, position = grid(1, 10)
     table = perplexity_by_index({"none": np.ones(10)}, document, position + 100, window=64, boot=FAST)

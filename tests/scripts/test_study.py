@@ -135,6 +135,17 @@ def test_a_killed_study_goes_on_and_gives_the_same_tables(study, models, tmp_pat
     assert tables_of(tmp_path / "killed") == whole
 
 
+@pytest.mark.slow
+def test_models_of_two_layers_have_no_thirds_but_a_study(study, models, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, num_hidden_layers=2).save_pretrained(tmp_path / "two")
+    tokenizer.save_pretrained(tmp_path / "two")
+    study.main(["--model", str(tmp_path / "two"), *options(models, tmp_path)[4:]])
+    claims = pd.read_csv(tmp_path / "study" / "tables" / "claims.csv")
+    assert len(claims) == 8 and set(claims["theme"]) == {"trigger", "efficiency"}
+
+
 def check_page(page, folder):
     found = Page(page)
     assert found.scripts == 0 and found.fetched == []
@@ -160,6 +171,8 @@ def test_another_study_is_not_mixed_in(study, models, tmp_path, monkeypatch):
         study.main(options(models, tmp_path))
     (folder / "plan.json").unlink()
     (folder / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds no study: it is not written into"):
+        study.main(options(models, tmp_path))
     with pytest.raises(ValueError, match="holds no study: it is not overwritten"):
         study.main([*options(models, tmp_path), "--overwrite"])
     assert (folder / "mine.txt").exists()

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from interp.resampling import Bootstrap, block_bootstrap_ci
+from interp.resampling import Bootstrap, block_bootstrap_ci, share_interval
 
 _DESCRIPTION = """\
 Share of retrieval documents whose value a model gives wholly right, and share of characters that are right, place by
@@ -17,7 +17,8 @@ Args:
     references: the values.
     n_boot, confidence, seed: of the intervals over documents.
 Returns:
-    "exact" and "characters", each with "_low" and "_high" (NaN for a single document); "documents", "confidence".
+    "exact", with "_low" and "_high" (Wilson's interval), and "characters" with theirs (resampled documents; NaN for a
+    single one); "documents", "confidence".
 """
 
 
@@ -50,4 +51,6 @@ class NeedleAccuracy(evaluate.Metric):
         for name, values in (("exact", exact), ("characters", shares)):
             found = block_bootstrap_ci(values, np.arange(len(values)), boot=boot)
             result |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+        low, high = share_interval(sum(exact), len(exact), confidence)
+        result |= {"exact_low": float(low), "exact_high": float(high)}
         return result | {"documents": len(references), "confidence": confidence}
