@@ -35,7 +35,9 @@ TIMED = [case for case in all_cases() if isinstance(case, Case)]
 
 def kinds_of_cases():
     """One timed case per set of contenders and kind of step: lengths and sizes are the same code."""
-    return list({(case.contenders, case.step.kind): case for case in TIMED}.values())
+    kinds = {(case.contenders, case.step.kind): case for case in TIMED}.values()
+    compiled = "decode-small-mlp"  # as decode-small-linear, and compilers take long
+    return [pytest.param(case, marks=pytest.mark.slow) if case.name == compiled else case for case in kinds]
 
 
 @pytest.mark.parametrize("case", kinds_of_cases(), ids=lambda case: case.name)
