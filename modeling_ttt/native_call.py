@@ -26,7 +26,7 @@ class _Tokens(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    """As in `inner_loop.cpp`."""
+    """As in `inner_loop_task.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "heads", "count", "size", "depth", "stride", "threads")),
